@@ -1,0 +1,62 @@
+# Everything a newcomer needs: `make book` and `make test`. `make help` lists the rest.
+PYTHON  ?= python3
+PROFILE ?= classroom
+CORES   ?= all
+VENV    := .venv
+BIN     := $(VENV)/bin
+TORCH   := $(shell sed -n 's/^torch==\([0-9.]*\).*/\1/p' requirements.lock)
+UV      := 0.13.9
+
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := false
+
+.DEFAULT_GOAL := help
+.PHONY: help setup book notebooks test bench pico lint lock clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@echo "  PROFILE=$(PROFILE) of: $$(ls notebooks/profiles | sed 's/\.yaml//' | tr '\n' ' ')"
+
+setup: $(VENV)/.installed ## make .venv at the versions of requirements.lock
+
+# torch comes first and by itself: without an NVIDIA driver its CPU build, where PyTorch's own index can be
+# reached, and otherwise the build that pip finds. The lock holds every other package.
+$(VENV)/.installed: pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"make: Python 3.11, 3.12 or 3.13 is needed and $(PYTHON) is {v[0]}.{v[1]}: call make PYTHON=python3.12")'
+	@echo "== installing into $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install -q --disable-pip-version-check uv==$(UV)
+	@if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then \
+	    $(BIN)/pip install -q torch==$(TORCH); \
+	 else \
+	    UV_HTTP_RETRIES=0 $(BIN)/uv pip install -q --python $(BIN)/python --torch-backend cpu torch==$(TORCH) 2>/dev/null \
+	    || $(BIN)/pip install -q torch==$(TORCH); \
+	 fi
+	@$(BIN)/uv pip install -q --python $(BIN)/python --no-deps -r requirements.lock -e .
+	@touch $@
+
+# make's process number lets a notebook stop when make is killed, instead of running on unseen.
+book: setup ## run the notebooks of PROFILE and build the book
+	@SEMALIGN_MAKE_PID=$$PPID $(BIN)/python -m semalign.pipeline run $(PROFILE) --cores $(CORES)
+
+notebooks: setup ## run the notebooks of PROFILE without building the book
+	@SEMALIGN_MAKE_PID=$$PPID $(BIN)/python -m semalign.pipeline run $(PROFILE) --cores $(CORES) --until notebooks
+
+test: setup ## the test suite
+	@$(BIN)/python -m pytest tests
+
+bench: setup ## measure speed and memory against the obvious alternatives
+	@for script in tests/bench/bench_*.py; do $(BIN)/python $$script || exit 1; done
+
+pico: setup ## retrain the Pico family from nothing (resumes after a kill)
+	@$(BIN)/python -m semalign.classroom
+
+lint: setup ## ruff, mypy, notebooks without outputs
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy semalign
+	@$(BIN)/nbstripout --verify notebooks/*.ipynb
+
+lock: setup ## refresh requirements.lock from pyproject.toml
+	@$(BIN)/uv pip compile -q --universal --python-version 3.11 --group dev --group packaged --no-annotate --no-header --upgrade pyproject.toml -o requirements.lock
+
+clean: ## remove results and built books (not .venv)
+	rm -rf results .snakemake
