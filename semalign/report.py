@@ -1,0 +1,150 @@
+"""Numbers with their origin, in and out of json files, and the one look of all figures."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Found by a search that keeps any two apart to every kind of colour vision (tests/test_report.py measures it).
+METHOD_COLOURS = {
+    "none": "#000000", "random_target": "#777788", "scrambled_tokens": "#eebbbb",
+    "sft": "#0072b2", "sft_layer": "#00ddff", "pissa": "#001199",
+    "logit_kd": "#770044", "seq_kd": "#cc8866", "fitnets": "#bbdd66", "relational": "#885544", "ted": "#441166",
+    "seeking": "#8800ff", "laten": "#bb55ff", "logit_map": "#aa0000", "semalign": "#d55e00",
+}  # fmt: skip
+"""A fixed colour for every method and control, in every figure of the book."""
+
+BASIS_COLOURS = {"dual": "#d55e00", "primal": "#0072b2", "tight": "#441166", "random": "#777788"}
+"""A fixed colour for every kind of semantic basis."""
+
+
+def save_metrics(
+    path: str | Path, metrics: Mapping[str, Any], *, seeds: Sequence[int], profile: str, wall_s: float | None = None
+) -> None:
+    """Write numbers as json, together with what made them; a reader sees the old file or the new one, never half.
+
+    Args:
+        path: the json file; its folder is made where it is missing.
+        metrics: nested mappings and sequences of numbers, text and None; tensors and arrays become lists.
+        seeds, profile, wall_s: every seed behind the numbers, the profile's name, the seconds that it took.
+
+    Raises:
+        ValueError: a number is not finite (None stands for what does not exist) or a value is no json; it says where.
+    """
+    content = {"metrics": _plain(metrics, "metrics"), "provenance": _provenance(seeds, profile, wall_s)}
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    fresh.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(fresh, path)
+
+
+def load_metrics(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What :func:`save_metrics` wrote: (metrics, provenance).
+
+    Raises:
+        ValueError: the file is missing or is not such a file.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        return content["metrics"], content["provenance"]
+    except FileNotFoundError:
+        raise ValueError(f"there are no metrics at {path}: run the notebook that writes them") from None
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is not a metrics file: delete it and run its notebook again") from None
+
+
+def provenance_table(provenance: Mapping[str, Any]) -> str:
+    """How a page was made, as a markdown table with a row for each thing that is known."""
+    commit = str(provenance["commit"])[:12] + (" with uncommitted changes" if provenance["dirty"] else "")
+    versions = ", ".join(f"{name} {version}" for name, version in provenance["packages"].items())
+    rows = {
+        "commit": commit,
+        "profile": provenance["profile"],
+        "seeds": ", ".join(map(str, provenance["seeds"])),
+        "versions": f"Python {provenance['python']}, {versions}",
+        "machine": f"{provenance['cpu']}, {provenance['cores']} cores",
+        "GPU": provenance["gpu"],
+        "system": provenance["platform"],
+        "date": provenance["date"],
+        "wall time": None if provenance["wall_s"] is None else f"{provenance['wall_s']:.0f} s",
+    }
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows.items() if text)])
+
+
+def use_style() -> None:
+    """Set the book's look: seaborn on white, colours that survive colour blindness, vector figures in notebooks."""
+    import seaborn
+    from matplotlib_inline.backend_inline import set_matplotlib_formats
+
+    # Without a salt the ids inside an svg differ from run to run.
+    shape = {"figure.figsize": (7, 4), "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "semalign"}
+    seaborn.set_theme(context="notebook", style="whitegrid", palette="colorblind", rc=shape)
+    set_matplotlib_formats("svg")
+
+
+def _plain(value: Any, where: str) -> Any:
+    """``value`` in json's own types; ``where`` is its path for error messages."""
+    if hasattr(value, "tolist"):  # a tensor, an array, a numpy number
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v, f"{where}.{k}") for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v, f"{where}[{i}]") for i, v in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where} is {value}: store None where there is no number")
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise ValueError(f"{where} is a {type(value).__name__}, which json cannot hold: convert it to numbers or text")
+
+
+def _provenance(seeds: Sequence[int], profile: str, wall_s: float | None) -> dict[str, Any]:
+    commit = _git("rev-parse", "HEAD")
+    return {
+        "commit": commit or "unknown",
+        "dirty": bool(commit and _git("status", "--porcelain")),
+        "profile": profile,
+        "seeds": list(seeds),
+        "packages": {name: _version(name) for name in ("semalign", "torch", "transformers", "peft", "lm-eval")},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "wall_s": wall_s,
+    }
+
+
+def _git(*arguments: str) -> str:
+    """What git says of the folder of this file, or nothing where there is no git, no repository, or no commit."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _cpu() -> str:
+    """The processor's name for people; Linux keeps it in a file, elsewhere Python knows it."""
+    try:
+        return Path("/proc/cpuinfo").read_text().split("model name", 1)[1].split(":", 1)[1].split("\n", 1)[0].strip()
+    except (OSError, IndexError):
+        return platform.processor() or platform.machine()

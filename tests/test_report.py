@@ -1,0 +1,178 @@
+"""Metrics come back as they were saved, say what made them, and are never half-written; colours can be told apart."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from semalign import report
+from semalign.report import BASIS_COLOURS, METHOD_COLOURS, load_metrics, provenance_table, save_metrics, use_style
+
+
+def save(path: Path, metrics: dict[str, Any], **more: Any) -> None:
+    save_metrics(path, metrics, **{"seeds": [0, 1], "profile": "smoke", **more})
+
+
+def test_metrics_come_back_with_their_origin(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "01.json"
+    given = {
+        "a": torch.tensor([[1.5, 2.0]]),
+        "b": np.float32(0.5),
+        "c": (1, None, "x", True),
+        "d": {3: torch.tensor(7)},
+    }
+    save(path, given, wall_s=12.3)
+    metrics, made = load_metrics(path)
+    assert metrics == {"a": [[1.5, 2.0]], "b": 0.5, "c": [1, None, "x", True], "d": {"3": 7}}
+    assert (made["profile"], made["seeds"], made["wall_s"]) == ("smoke", [0, 1], 12.3)
+    assert (
+        made["packages"]["torch"] == torch.__version__.split("+")[0] or made["packages"]["torch"] == torch.__version__
+    )
+    assert made["packages"].keys() == {"semalign", "torch", "transformers", "peft", "lm-eval"}
+    assert made["cores"] >= 1 and made["cpu"] and made["python"].count(".") == 2 and made["date"].endswith("UTC")
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (float("nan"), r"^metrics\.deep\[1\]\.x is nan: store None"),
+        (torch.tensor(float("inf")), r"^metrics\.deep\[1\]\.x is inf: store None"),
+        (np.array([1.0, np.nan]), r"^metrics\.deep\[1\]\.x\[1\] is nan"),
+        ({1, 2}, r"^metrics\.deep\[1\]\.x is a set, which json cannot hold"),
+    ],
+)
+def test_what_json_cannot_hold_is_refused_and_the_old_file_stays(tmp_path: Path, value: Any, said: str) -> None:
+    path = tmp_path / "01.json"
+    save(path, {"old": 1})
+    with pytest.raises(ValueError, match=said):
+        save(path, {"deep": [0, {"x": value}]})
+    assert load_metrics(path)[0] == {"old": 1}
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "01.json"
+    save(path, {"old": 1})
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", stop)
+        save(path, {"new": 2})
+    assert load_metrics(path)[0] == {"old": 1}
+    assert list(tmp_path.glob("*.json")) == [path]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"metrics": {}}'])
+def test_what_is_no_metrics_file_is_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "01.json"
+    with pytest.raises(ValueError, match=r"there are no metrics at .*01\.json: run the notebook"):
+        load_metrics(path)
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"01\.json is not a metrics file: delete it"):
+        load_metrics(path)
+
+
+def test_commit_and_uncommitted_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a repository of its own: before its first commit, right after it, and with a change."""
+
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        done = subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    def origin() -> tuple[str, bool]:
+        save(tmp_path.parent / "out.json", {})
+        made = load_metrics(tmp_path.parent / "out.json")[1]
+        return made["commit"], made["dirty"]
+
+    monkeypatch.setattr(report, "__file__", str(tmp_path / "report.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert origin() == ("unknown", False)
+    git("init", "-q")
+    assert origin() == ("unknown", False)
+    (tmp_path / "file").write_text("1")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    head = git("rev-parse", "HEAD")
+    assert origin() == (head, False)
+    (tmp_path / "file").write_text("2")
+    assert origin() == (head, True)
+    monkeypatch.setenv("PATH", "")
+    assert origin() == ("unknown", False)
+
+
+def test_provenance_table_says_all_and_is_a_table(tmp_path: Path) -> None:
+    save(tmp_path / "01.json", {}, wall_s=61.7)
+    made = load_metrics(tmp_path / "01.json")[1]
+    table = provenance_table({**made, "commit": "0123456789abcdef", "dirty": True, "gpu": "NVIDIA H100"})
+    assert all(line.count("|") == 3 for line in table.splitlines()) and table.splitlines()[1] == "|---|---|"
+    for said in ("| commit | 0123456789ab with uncommitted changes |", "| seeds | 0, 1 |", "| profile | smoke |",
+                 "| GPU | NVIDIA H100 |", "| wall time | 62 s |", f"torch {made['packages']['torch']}"):  # fmt: skip
+        assert said in table
+    clean = provenance_table({**made, "commit": "0123456789abcdef", "dirty": False, "gpu": None, "wall_s": None})
+    assert "| commit | 0123456789ab |" in clean and "GPU" not in clean and "wall time" not in clean
+
+
+# What the three kinds of dichromats see, in linear RGB (Machado, Oliveira and Fernandes 2009, severity 1).
+VISION = {
+    "full": np.eye(3),
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
+}
+TO_XYZ = np.array([[0.41246, 0.35758, 0.18044], [0.21267, 0.71515, 0.07218], [0.01933, 0.11919, 0.95030]])
+
+
+def lab(colour: str, vision: Any) -> NDArray[np.float64]:
+    """CIELAB of a colour as someone sees it."""
+    c = np.array(matplotlib.colors.to_rgb(colour))
+    linear = np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
+    x, y, z = TO_XYZ @ np.clip(np.array(vision) @ linear, 0, 1) / [0.95047, 1, 1.08883]
+    fx, fy, fz = (np.cbrt(v) if v > (6 / 29) ** 3 else v / (3 * (6 / 29) ** 2) + 4 / 29 for v in (x, y, z))
+    return np.array([116 * fy - 16, 500 * (fx - fy), 200 * (fy - fz)])
+
+
+@pytest.mark.parametrize("vision", VISION)
+@pytest.mark.parametrize("colours", [METHOD_COLOURS, BASIS_COLOURS], ids=["methods", "bases"])
+def test_any_two_colours_can_be_told_apart_and_all_show_on_white(colours: dict[str, str], vision: str) -> None:
+    seen = {name: lab(colour, VISION[vision]) for name, colour in colours.items()}
+    assert lab("#ffffff", VISION[vision])[0] == pytest.approx(100, abs=0.5)
+    for a, b in itertools.combinations(colours, 2):
+        assert np.linalg.norm(seen[a] - seen[b]) > 20, (a, b)
+    assert all(s[0] < 90 for s in seen.values())
+
+
+def test_every_method_and_basis_has_a_colour() -> None:
+    assert BASIS_COLOURS.keys() == {"dual", "primal", "tight", "random"}
+    assert {"none", "sft", "semalign", "logit_kd", "random_target", "scrambled_tokens"} <= METHOD_COLOURS.keys()
+
+
+def test_style_draws_the_same_svg_twice(tmp_path: Path) -> None:
+    matplotlib.use("agg")
+    use_style()
+    from matplotlib import pyplot
+
+    def draw() -> str:
+        figure, axes = pyplot.subplots()
+        axes.plot([0, 1], [0, 1])
+        figure.savefig(tmp_path / "a.svg", metadata={"Date": None})
+        pyplot.close(figure)
+        return (tmp_path / "a.svg").read_text()
+
+    assert draw() == draw()
+    assert not matplotlib.rcParams["axes.spines.top"]
+
+
+def test_json_on_disk_is_for_people_too(tmp_path: Path) -> None:
+    save(tmp_path / "01.json", {"accuracy": 0.25})
+    assert '\n  "accuracy": 0.25' in (tmp_path / "01.json").read_text()
