@@ -1,0 +1,573 @@
+"""Training layer k: against full-model references, for what must not change, and for what a run survives."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import math
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bench.bench_alignment import plain_peft
+from test_supervision import FAMILIES, Letters, toy_data
+from tiny import tiny_llama
+from torch.nn import functional as F
+from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from semalign import alignment
+from semalign.alignment import DivergedError, TransferConfig, TransferResult, batches, learning_rate, transfer
+from semalign.models import Pair
+from semalign.supervision import Example, Source, SupervisionCache, TaskData, collate, encode, supervised
+
+K = 2
+
+
+def teacher() -> Any:
+    return tiny_llama(4, hidden=48, seed=1)
+
+
+def student() -> Any:
+    return tiny_llama(3, hidden=32, seed=2)
+
+
+def make_pair(load_teacher: Callable[[], Any] = teacher, load_student: Callable[[], Any] = student) -> Pair:
+    tokenizer: Any = Letters()
+    return Pair("tiny", load_teacher, load_student, tokenizer)
+
+
+def task(n: int = 12, validation: int = 0, seed: int = 0) -> TaskData:
+    generator = torch.Generator().manual_seed(seed)
+
+    def text(low: int, high: int) -> str:
+        size = int(torch.randint(low, high, (), generator=generator))
+        return "".join(chr(97 + int(i)) for i in torch.randint(0, 26, (size,), generator=generator))
+
+    examples = tuple(Example(text(2, 8), text(1, 7)) for _ in range(n + validation))
+    return TaskData("toy", examples[:n], validation=examples[n:])
+
+
+def settings(**changes: Any) -> TransferConfig:
+    return TransferConfig(**{"layers": (K,), "epochs": 2, "batch": 4, "micro_batch": 4, "lr": 1e-2, **changes})
+
+
+def losses(result: TransferResult, split: str = "train") -> list[float]:
+    return [r["loss"] for r in result.log if r["split"] == split]
+
+
+def changed(result: TransferResult, before: Any) -> set[str]:
+    old = dict(before.named_parameters())
+    return {n for n, p in result.student.named_parameters() if not torch.equal(p, old[n])}
+
+
+def same_weights(a: Any, b: Any) -> bool:
+    return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+# ------------------------------------------------------------------------------------------- what may change
+
+
+MATRICES = ("self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
+OTHERS = ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj")
+
+
+@pytest.mark.parametrize(("trained", "names"), [("lora", MATRICES), ("layer", MATRICES + OTHERS)])
+def test_every_parameter_outside_layer_k_is_bit_identical(trained: str, names: tuple[str, ...]) -> None:
+    result = transfer(make_pair(), task(), settings(trained=trained))
+    assert changed(result, student()) == {f"model.layers.{K - 1}.{n}.weight" for n in names} == set(result.trained)
+    assert type(result.student) is type(student())
+    assert result.student.state_dict().keys() == student().state_dict().keys()
+    assert all(p.requires_grad for p in result.student.parameters())
+
+
+@pytest.mark.parametrize("trained", ["lora", "layer"])
+def test_gradients_reach_layer_k_only(trained: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    models: list[Any] = []
+    reached: set[str] = set()
+    step = torch.optim.AdamW.step
+
+    def load() -> Any:
+        models.append(student())
+        return models[-1]
+
+    def spy(self: Any, *args: Any) -> Any:
+        reached.update(n for n, p in models[-1].named_parameters() if p.grad is not None)
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    transfer(make_pair(load_student=load), task(), settings(trained=trained))
+    assert reached and all(n.startswith(f"model.layers.{K - 1}.") for n in reached)
+
+
+def test_teacher_and_student_are_never_in_memory_together() -> None:
+    alive: list[tuple[str, weakref.ref[Any]]] = []
+
+    def load(role: str, make: Callable[[], Any]) -> Callable[[], Any]:
+        def loader() -> Any:
+            assert not [r for r, model in alive if model() is not None], f"{role} is loaded while another model lives"
+            model = make()
+            alive.append((role, weakref.ref(model)))
+            return model
+
+        return loader
+
+    result = transfer(make_pair(load("teacher", teacher), load("student", student)), task(), settings(layers=None))
+    gc.collect()
+    assert [r for r, _ in alive] == ["student", "teacher", "student"]
+    assert [model() for _, model in alive if model() is not None] == [result.student]
+
+
+# --------------------------------------------------------------------------------- equal to the plain computation
+
+
+@pytest.mark.parametrize(("layers", "interface"), [((3,), "mlp"), ((2,), "residual"), ((1, 3), "attention")])
+def test_the_loss_curve_is_that_of_a_peft_model_run_in_full(
+    tmp_path: Path, layers: tuple[int, ...], interface: str
+) -> None:
+    config = settings(layers=layers, teacher_layers=layers, map=None, interface=interface, cache_folder=tmp_path)
+    twin = lambda: tiny_llama(3, hidden=32, seed=1)  # noqa: E731 (a loader)
+    pair = make_pair(load_teacher=twin)
+    result = transfer(pair, task(), config)
+    data = encode(pair.tokenizer, task().train, max_length=64)
+    cache = SupervisionCache.build(tmp_path, twin(), data, [Source(k, k, point=interface) for k in layers])
+    assert cache.teacher_tokens == 0, "the same targets"
+    reference = [r["loss"] for r in plain_peft(student(), data, cache, config)]
+    assert losses(result) == pytest.approx(reference, abs=1e-4)
+    assert reference[-1] < reference[0] - 0.05
+
+
+GPT2 = GPT2Config(vocab_size=97, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)
+TINY: dict[str, Callable[[], Any]] = {**FAMILIES, "gpt2": lambda: GPT2LMHeadModel(GPT2)}
+
+
+@pytest.mark.parametrize("in_file", [False, True])
+@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("first", [1, 2, 3])
+def test_running_from_cached_inputs_equals_the_full_forward(
+    family: str, first: int, in_file: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model, data = TINY[family]().eval(), toy_data(5)
+    monkeypatch.setattr(alignment, "IN_MEMORY", 0 if in_file else 2**30)
+    batch = collate([data[3], data[0], data[1]], 0)
+    mask = batch["attention_mask"]
+    with torch.no_grad():
+        expected = model.get_decoder()(batch["input_ids"], attention_mask=mask).last_hidden_state
+        read = alignment.layer_inputs(model, data, first, tmp_path, batch_tokens=25)
+        with alignment.partial_decoder(model, first, 3) as forward:
+            found = forward(read([3, 0, 1]), mask)
+        again = model.get_decoder()(batch["input_ids"], attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], atol=1e-5, rtol=1e-4)
+    assert torch.equal(again, expected), "the model is whole again"
+
+
+def test_an_architecture_with_more_than_a_stream_between_layers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*_: Any) -> Callable[[Any], torch.Tensor]:
+        length = len(encode(make_pair().tokenizer, task().train[:1], max_length=64)[0].labels)
+        return lambda examples: torch.randn(len(examples), length, 32)
+
+    monkeypatch.setattr(alignment, "layer_inputs", wrong)
+    with pytest.raises(ValueError, match="LlamaForCausalLM is not supported"):
+        transfer(make_pair(), task(), settings())
+
+
+@pytest.mark.parametrize("kind", ["cosine", "relational"])
+def test_accumulated_micro_batches_equal_the_big_batch(kind: str) -> None:
+    big, small = (transfer(make_pair(), task(), settings(layer_loss=kind, micro_batch=m)) for m in (4, 1))
+    assert losses(small) == pytest.approx(losses(big), abs=1e-6)
+    for p, q in zip(big.student.parameters(), small.student.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=1e-4, rtol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------- losses
+
+
+def test_layer_losses_have_their_known_answers() -> None:
+    h, norm = torch.randn(6, 8), torch.full((6,), 3.0)
+    loss = alignment.layer_loss
+    torch.testing.assert_close(loss("cosine", 5 * h, h, norm, [6]), torch.zeros(6), atol=1e-6, rtol=0)
+    torch.testing.assert_close(loss("cosine", -h, h, norm, [6]), torch.full((6,), 2.0))
+    torch.testing.assert_close(loss("mse", 3 * h, h, norm, [6]), torch.zeros(6))
+    torch.testing.assert_close(loss("mse", 6 * h, h, norm, [6]), torch.ones(6))
+    rotation = torch.linalg.qr(torch.randn(12, 12)).Q[:8]
+    torch.testing.assert_close(loss("relational", h, h @ rotation, norm, [2, 4]), torch.zeros(6), atol=1e-6, rtol=0)
+    a, b = torch.eye(2), torch.tensor([[1.0, 0.0], [1.0, 0.0]])  # centred Gram of a: +-1/2, of b: 0
+    torch.testing.assert_close(loss("relational", a, b, norm[:2], [2]), torch.full((2,), 0.25))
+
+
+def test_relational_loss_sees_each_sequence_alone() -> None:
+    a, b, norm = torch.randn(5, 4), torch.randn(5, 7), torch.ones(5)
+    whole = alignment.layer_loss("relational", a, b, norm, [2, 3])
+    parts = [alignment.layer_loss("relational", a[s], b[s], norm[s], [n]) for s, n in ((slice(2), 2), (slice(2, 5), 3))]
+    torch.testing.assert_close(whole, torch.cat(parts))
+
+
+def run_for(model: Any, **changes: Any) -> Any:
+    config = TransferConfig(**changes)
+    run = alignment._Run(config, model, [], 0, None, (1,), 97, "")  # type: ignore[arg-type]
+    run.factor = alignment.head_factor(model) if config.output_loss == "cosine" else None
+    return run
+
+
+def gemma2() -> Any:
+    torch.manual_seed(0)
+    small: dict[str, Any] = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "head_dim": 8,
+    }
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return Gemma2ForCausalLM(Gemma2Config(**small, **heads, final_logit_softcapping=0.05)).eval()
+
+
+@pytest.mark.parametrize(("make", "factored"), [(student, True), (gemma2, False)])
+def test_cosine_with_the_onehot_is_that_of_the_models_logits(make: Callable[[], Any], factored: bool) -> None:
+    model = make()
+    ids, labels = torch.randint(3, 97, (1, 9)), torch.randint(3, 97, (9,))
+    onehot = F.one_hot(labels, 97).float()
+    expected = 1 - F.cosine_similarity(model(ids).logits[0], onehot, dim=-1)
+    run = run_for(model, output_loss="cosine")
+    assert (run.factor is not None) == factored
+    final = model.get_decoder()(ids).last_hidden_state[0]
+    torch.testing.assert_close(alignment.output_loss(run, final, labels, None), expected, atol=1e-5, rtol=1e-4)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["ce", "kl"])
+def test_output_losses_in_chunks_equal_the_plain_ones_with_gradients(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, goal, data = student(), teacher(), toy_data(4)
+    run = run_for(model, output_loss=kind)
+    run.supervision = SupervisionCache.build(tmp_path, goal, data, [Source(1, 1)], dtype="float32", top_k=97)
+    batch = collate(data, 0)
+    mask, rows = supervised(batch["labels"]), run.supervision.rows(range(4))
+    labels = batch["labels"].roll(-1, dims=1)[mask]
+    final = model.get_decoder()(batch["input_ids"]).last_hidden_state[mask].detach().requires_grad_()
+    z = model.lm_head(final)
+    if kind == "ce":
+        expected = F.cross_entropy(z, labels, reduction="none")
+    else:
+        logp = goal(batch["input_ids"]).logits[mask].log_softmax(-1).detach()
+        expected = (logp.exp() * (logp - z.log_softmax(-1))).sum(-1)
+    (gradient,) = torch.autograd.grad(expected.sum(), final)
+    for budget in (2**24, 3 * 97):
+        monkeypatch.setattr(alignment, "LOGITS", budget)
+        found = alignment.output_loss(run, final, labels, rows)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(torch.autograd.grad(found.sum(), final)[0], gradient, atol=1e-5, rtol=1e-3)
+
+
+def test_top_k_kl_is_zero_for_the_teacher_itself_and_never_above_the_full_one() -> None:
+    z, other = 3 * torch.randn(5, 50), 3 * torch.randn(5, 50)
+    logp = z.log_softmax(-1)
+    full = (logp.exp() * (logp - other.log_softmax(-1))).sum(-1)
+    for k in (1, 8, 50):
+        top, index = logp.topk(k)
+        tail = 1 - top.exp().sum(-1) if k < 50 else torch.zeros(5)
+        torch.testing.assert_close(alignment._kl(z, top, index, tail), torch.zeros(5), atol=1e-5, rtol=0)
+        part = alignment._kl(other, top, index, tail)
+        assert (part <= full + 1e-5).all() and (part >= -1e-6).all()
+    torch.testing.assert_close(part, full, atol=1e-5, rtol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------- knowledge
+
+
+def planted(names: tuple[str, ...] = MATRICES, rank: int = 4) -> Any:
+    """The student plus a random LoRA delta on ``names`` in layer K."""
+    model, generator = student(), torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name in names:
+            weight = model.get_parameter(f"model.layers.{K - 1}.{name}.weight")
+            left, right = (torch.randn(s, generator=generator) for s in ((len(weight), rank), (rank, weight.shape[1])))
+            weight += 0.3 * left @ right / math.sqrt(rank)
+    return model
+
+
+@torch.no_grad()
+def divergence(goal: Any, model: Any, examples: tuple[Example, ...]) -> float:
+    """KL(goal || model) in nats a supervised position."""
+    found = []
+    for e in encode(make_pair().tokenizer, examples, max_length=64):
+        p, q = (m(e.input_ids[None]).logits[0][supervised(e.labels)].log_softmax(-1) for m in (goal, model))
+        found.append((p.exp() * (p - q)).sum(-1))
+    return float(torch.cat(found).mean())
+
+
+PLANTED: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+    ({"interface": "residual"}, MATRICES),
+    ({"interface": "residual", "output_loss": "kl"}, MATRICES),
+    ({"interface": "stream", "layer_loss": "mse", "output_loss": "none"}, MATRICES),
+    # this interface cannot see the attention's delta
+    ({"interface": "mlp", "layer_loss": "mse", "output_loss": "none"}, MATRICES[2:]),
+]
+
+
+@pytest.mark.parametrize(("changes", "names"), PLANTED)
+def test_a_planted_teacher_is_recovered(changes: dict[str, Any], names: tuple[str, ...]) -> None:
+    """Held-out KL to the teacher falls by at least half, although the labels are random text."""
+    data, held_out = task(128, seed=1), task(32, seed=2).train
+    goal = planted(names)
+    config = settings(teacher_layers=(K,), map="logit", epochs=8, batch=16, micro_batch=16, lr=5e-3, **changes)
+    result = transfer(make_pair(load_teacher=lambda: planted(names)), data, config)
+    before, after = (divergence(goal, m, held_out) for m in (student(), result.student))
+    print(changes, before, after)
+    assert before > 0.1
+    assert after < before / 2
+
+
+# -------------------------------------------------------------------------- which layers, and the teacher's side
+
+
+def test_the_default_layer_is_the_partner_of_the_most_important_teacher_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def scores(model: Any, batch: dict[str, torch.Tensor], *, point: str, reduce: str) -> torch.Tensor:
+        seen.append(len(batch["input_ids"]))
+        return torch.tensor([0.1, 0.2, 0.9, 0.3])  # l* = 3; l(k) = 1, 2, 4 for 4 and 3 layers, so k = 3
+
+    monkeypatch.setattr(alignment, "layer_attribution", scores)
+    data = TaskData("toy", task(6).train, align=task(3).train, extract=task(5).train)
+    result = transfer(make_pair(), data, settings(layers=None, epochs=1, micro_batch=2))
+    assert {n.split(".")[2] for n in result.trained} == {"2"}
+    assert sum(seen) == 5, "the extract split decides"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"layers": (3, 1)}, [(1, 1, 0.0), (4, 4, 0.0)]),
+        ({"layers": (3, 1), "teacher_layers": (2, 3)}, [(3, 3, 0.0), (2, 2, 0.0)]),
+        ({"layers": (2,), "interpolate": True}, [(2, 3, pytest.approx(2 / 3))]),
+    ],
+)
+def test_sources_follow_the_depth_rule_the_given_layers_or_the_interpolation(
+    tmp_path: Path, changes: dict[str, Any], expected: list[Any]
+) -> None:
+    transfer(make_pair(), task(4), settings(epochs=1, cache_folder=tmp_path, interface="attention", **changes))
+    (manifest,) = tmp_path.glob("*/manifest.json")
+    sources = json.loads(manifest.read_text())["sources"]
+    assert [(s["low"], s["high"], s["mix"]) for s in sources] == expected
+    assert {s["point"] for s in sources} == {"attention"}
+
+
+def test_a_given_matrix_and_folded_gains_change_the_targets(tmp_path: Path) -> None:
+    def gained() -> Any:
+        model = teacher()
+        with torch.no_grad():
+            model.model.norm.weight.uniform_(0.5, 2.0, generator=torch.Generator().manual_seed(0))
+        return model
+
+    pair = make_pair(load_teacher=gained)
+    changes: tuple[dict[str, Any], ...] = ({}, {"fold_gain": True}, {"map": "logit"}, {"map": torch.ones(32, 48)})
+    for c in changes:
+        transfer(pair, task(3), settings(epochs=1, cache_folder=tmp_path, **c))
+    assert len(list(tmp_path.glob("*/manifest.json"))) == len(changes)
+
+
+def test_the_teachers_vocabulary_may_be_padded() -> None:
+    pair = make_pair(load_teacher=lambda: tiny_llama(4, hidden=48, vocab=105, seed=1))
+    with pytest.warns(UserWarning, match="97"):
+        result = transfer(pair, task(), settings(output_loss="kl", epochs=4))
+    assert losses(result)[-1] < losses(result)[0]
+
+
+def test_a_second_run_finds_the_supervision_of_the_first(tmp_path: Path) -> None:
+    first, second = (transfer(make_pair(), task(), settings(cache_folder=tmp_path, seed=s)) for s in (0, 1))
+    data = encode(make_pair().tokenizer, task().train, max_length=64)
+    assert first.cost["teacher_tokens"] == sum(len(e.input_ids) for e in data)
+    assert second.cost["teacher_tokens"] == 0
+    assert first.cost["student_tokens"] == 2 * first.cost["teacher_tokens"]
+    assert first.cost["trainable_parameters"] == 16 * (4 * 32 + 2 * (32 + 64))
+    assert first.cost["cached_bytes_per_token"] > 2 * 32
+
+
+# --------------------------------------------------------------------------------------------- schedule and order
+
+
+def test_frontier_is_one_layer_after_another() -> None:
+    both = transfer(make_pair(), task(), settings(layers=(1, 3), schedule="frontier"))
+    lower = transfer(make_pair(), task(), settings(layers=(1,)))
+    upper = transfer(make_pair(load_student=lambda: copy.deepcopy(lower.student)), task(), settings(layers=(3,)))
+    assert losses(both) == losses(lower) + losses(upper)
+    assert same_weights(both.student, upper.student)
+    assert [r["stage"] for r in both.log] == [1] * len(lower.log) + [2] * len(upper.log)
+
+
+def test_batches_hold_every_example_once_and_neighbours_in_length() -> None:
+    lengths = torch.randint(1, 100, (70,), generator=torch.Generator().manual_seed(0)).tolist()
+    epoch = batches(lengths, 8, seed=3, epoch=1)
+    assert sorted(i for b in epoch for i in b) == list(range(70)) and len(epoch) == math.ceil(70 / 8)
+    assert epoch == batches(lengths, 8, seed=3, epoch=1) != batches(lengths, 8, seed=3, epoch=2)
+    assert epoch != batches(lengths, 8, seed=4, epoch=1)
+    spread = [max(lengths[i] for i in b) - min(lengths[i] for i in b) for b in epoch]
+    assert sorted(spread)[-2] < 40, "a random batch of 8 spans about 78; only the last few examples may"
+
+
+def test_learning_rate_warms_up_then_falls_or_stays() -> None:
+    config = TransferConfig(lr=1.0, warmup=0.2)
+    assert [learning_rate(config, s, 10) for s in (1, 2, 3, 10)] == pytest.approx([0.5, 1.0, 1.0, 1 / 8])
+    flat = TransferConfig(lr=1.0, warmup=0.0, lr_schedule="constant")
+    assert [learning_rate(flat, s, 10) for s in (1, 10)] == [1.0, 1.0]
+
+
+def test_validation_losses_follow_each_epoch_and_change_nothing() -> None:
+    watched, alone = (transfer(make_pair(), task(8, validation=n), settings()) for n in (3, 0))
+    assert [r["split"] for r in watched.log] == ["train", "train", "validation"] * 2
+    assert losses(watched) == pytest.approx(losses(alone), abs=1e-6)
+    records = [r for r in watched.log if r["split"] == "train"]
+    assert all(r["loss"] == pytest.approx(r["layer_loss"] + r["output_loss"], abs=1e-6) for r in records)
+    assert all(r["layer_loss"] == pytest.approx(1 - r["cos"], abs=1e-5) and r["norm_ratio"] > 0 for r in records)
+
+
+def test_relational_loss_needs_no_map_between_widths() -> None:
+    result = transfer(make_pair(), task(), settings(map=None, layer_loss="relational", output_loss="none", epochs=6))
+    assert losses(result)[-1] < 0.8 * losses(result)[0]
+
+
+def test_weights_scale_the_two_terms() -> None:
+    (first, *_) = transfer(make_pair(), task(), settings(layer_weight=0.5, output_weight=3.0)).log
+    assert first["loss"] == pytest.approx(0.5 * first["layer_loss"] + 3.0 * first["output_loss"], abs=1e-5)
+
+
+# ------------------------------------------------------------------------------------ what a run survives
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not() -> None:
+    a, b, c = (transfer(make_pair(), task(), settings(seed=s)) for s in (7, 7, 8))
+    assert same_weights(a.student, b.student) and a.log == b.log
+    assert not same_weights(a.student, c.student)
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    step, calls = torch.optim.AdamW.step, []
+
+    def failing(self: Any, *args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == number:
+            raise Interrupted
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", failing)
+
+
+@pytest.mark.parametrize(("number", "trained"), [(3, "lora"), (6, "layer"), (10, "lora")])
+def test_an_interrupted_run_resumes_to_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, trained: str
+) -> None:
+    config: dict[str, Any] = {"layers": (1, 3), "schedule": "frontier", "checkpoint_every": 2, "trained": trained}
+    data = task(12, validation=2)  # 3 steps an epoch, 6 a stage, 12 in all
+    whole = transfer(make_pair(), data, settings(**config))
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        interrupt_at(patch, number)
+        transfer(make_pair(), data, settings(**config, folder=tmp_path))
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 12 - (number - 1) // 2 * 2 + 1)  # resumes where it stopped: one more step would raise
+        resumed = transfer(make_pair(), data, settings(**config, folder=tmp_path))
+    assert same_weights(whole.student, resumed.student)
+    assert whole.log == resumed.log and whole.trained == resumed.trained
+    assert whole.cost["student_tokens"] == resumed.cost["student_tokens"]
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 1)  # a finished run does not train again
+        again = transfer(make_pair(), data, settings(**config, folder=tmp_path))
+    assert same_weights(whole.student, again.student)
+
+
+def test_a_checkpoint_of_other_inputs_is_refused(tmp_path: Path) -> None:
+    transfer(make_pair(), task(), settings(folder=tmp_path))
+    for other in (settings(folder=tmp_path, lr=1e-3), settings(folder=tmp_path, map="logit")):
+        with pytest.raises(ValueError, match="belongs to other inputs"):
+            transfer(make_pair(), task(), other)
+
+
+def test_an_error_while_saving_leaves_the_old_checkpoint_and_no_other_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = torch.save
+    config = settings(folder=tmp_path, checkpoint_every=2)
+
+    def half(content: dict[str, Any], path: Path) -> None:
+        save(content, path)
+        if content["step"] == 4:
+            path.write_bytes(path.read_bytes()[:100])
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError, match="No space"):
+        transfer(make_pair(), task(), config)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pt", "supervision"]
+    assert torch.load(tmp_path / "checkpoint.pt")["step"] == 2
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_last_good_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, history = torch.optim.AdamW.step, []
+    name = f"model.layers.{K - 1}.mlp.up_proj.weight"
+    models: list[Any] = []
+
+    def load() -> Any:
+        models.append(student())
+        return models[-1]
+
+    def poison(self: Any, *args: Any) -> None:
+        history.append(models[-1].get_parameter(name).detach().clone())
+        step(self, *args)
+        if len(history) == 4:
+            models[-1].get_parameter(name).data.fill_(float("nan"))
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", poison)
+    message = r"stopped at step 5 of 6 \(epoch 2\) with loss nan on the batch of examples \["
+    with pytest.raises(DivergedError, match=message) as caught:
+        transfer(make_pair(load_student=load), task(), settings(trained="layer", folder=tmp_path))
+    good = caught.value.student.get_parameter(name)
+    assert torch.equal(good, history[3]), "the weights that gave the last finite loss"
+    assert torch.equal(torch.load(tmp_path / "last_good.pt")[name], good)
+
+
+def test_a_diverging_loss_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {"trained": "layer", "layer_loss": "mse", "output_loss": "none", "lr": 20.0, "warmup": 1.0, "epochs": 8}
+    with pytest.raises(DivergedError, match=r"epoch [2-8]") as caught:
+        transfer(make_pair(), task(), settings(**changes))
+    assert all(torch.isfinite(p).all() for p in caught.value.student.parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer_loss": "huber"}, "layer_loss='huber' is not one of cosine, mse, relational"),
+        ({"interface": "logits"}, "interface"),
+        ({"teacher_layers": (1, 2)}, "one teacher layer for each"),
+        ({"layers": (4,)}, r"layers=\(4,\) must name different layers of a student of 3"),
+        ({"layers": (1, 1)}, "different layers"),
+        ({"teacher_layers": (9,)}, "not in a teacher of 4 layers"),
+        ({"lora_targets": ("c_fc",)}, "which hold down_proj, gate_proj"),
+        ({"map": None}, r"\(D_S, D_T\) = \(32, 48\)"),
+        ({"map": torch.ones(48, 32)}, r"\(D_S, D_T\) = \(32, 48\)"),
+    ],
+)
+def test_refuses_what_it_cannot_do(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        transfer(make_pair(), task(), settings(**changes))
+
+
+def test_refuses_a_task_without_training_examples() -> None:
+    with pytest.raises(ValueError, match="task empty has no training examples"):
+        transfer(make_pair(), TaskData("empty", ()), settings())
+
+
+def test_defaults_are_the_papers() -> None:
+    c = TransferConfig()
+    assert (c.batch, c.lr, c.epochs, c.lora_rank, c.map, c.interface) == (64, 3e-4, 5, 16, "paper", "mlp")
+    assert (c.layer_loss, c.output_loss, c.layer_weight, c.output_weight) == ("cosine", "cosine", 1.0, 1.0)
+    assert c.lora_targets == ("up_proj", "down_proj", "v_proj", "o_proj")
