@@ -1,0 +1,114 @@
+"""What is compared and how sure we are: representation similarity, held-out answers, paired tests and intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from scipy import stats
+from torch import Tensor
+
+from semalign.models import Model, decoder
+from semalign.supervision import Encoded, collate, logits_of, supervised
+
+
+def linear_cka(x: Tensor, y: Tensor) -> float:
+    """Linear centred kernel alignment of two representations of the same n states, in [0, 1] (figures 4 to 6).
+
+    |Y'X|_F^2 / (|X'X|_F |Y'Y|_F) of column-centred X (n, p) and Y (n, q), in float64; the same from the (n, n) Gram
+    matrices where that is cheaper. It does not change under rotation and isotropic scaling of either side.
+
+    Raises:
+        ValueError: different n, fewer than two states, or a representation that does not vary.
+    """
+    if x.dim() != 2 or y.dim() != 2 or len(x) != len(y) or len(x) < 2:
+        raise ValueError(
+            f"CKA needs two matrices (n, p) and (n, q) with n > 1: got {tuple(x.shape)} and {tuple(y.shape)}"
+        )
+    x, y = (t.detach().double() - t.detach().double().mean(0) for t in (x, y))
+    if len(x) < max(x.shape[1], y.shape[1]):
+        k, l = x @ x.T, y @ y.T  # noqa: E741 - the usual names of the two kernels
+        cross, own = (k * l).sum(), torch.linalg.matrix_norm(k) * torch.linalg.matrix_norm(l)
+    else:
+        cross = (y.T @ x).square().sum()
+        own = torch.linalg.matrix_norm(x.T @ x) * torch.linalg.matrix_norm(y.T @ y)
+    if not own > 0:
+        raise ValueError("a representation is the same for every state, so its similarity to another is not defined")
+    return float(cross / own)
+
+
+@torch.no_grad()
+def read_out(model: Model, encoded: Sequence[Encoded], *, batch: int = 16) -> dict[str, Tensor]:
+    """What a model makes of given answers, token by token, at the P supervised positions in order of ``encoded``.
+
+    Returns:
+        ``loss`` (P,) cross-entropy in nats, ``predicted`` (P,) the most likely token, ``right`` (P,) whether it is the
+        answer's, ``example`` (P,) the index of the example. On the CPU.
+    """
+    columns: dict[str, list[Tensor]] = {"loss": [], "predicted": [], "right": [], "example": []}
+    device = next(model.parameters()).device
+    for start in range(0, len(encoded), batch):
+        part = collate(encoded[start : start + batch], 0)
+        places = supervised(part["labels"])
+        targets = part["labels"][:, 1:][places[:, :-1]]
+        final = decoder(model)(
+            input_ids=part["input_ids"].to(device), attention_mask=part["attention_mask"].to(device), use_cache=False
+        ).last_hidden_state
+        logits = logits_of(model, final[places.to(device)]).cpu()
+        predicted = logits.argmax(-1)
+        columns["loss"].append(torch.nn.functional.cross_entropy(logits, targets, reduction="none"))
+        columns["predicted"].append(predicted)
+        columns["right"].append(predicted == targets)
+        columns["example"].append(places.nonzero()[:, 0] + start)
+    return {name: torch.cat(parts) for name, parts in columns.items()}
+
+
+def by_example(values: Tensor, example: Tensor) -> Tensor:
+    """Means of ``values`` (P,) over the positions of each example: (n,), for ``example`` (P,) of indices 0 to n - 1."""
+    n = int(example.max()) + 1
+    sums = torch.zeros(n, dtype=torch.float64).index_add(0, example, values.double())
+    return sums / torch.bincount(example, minlength=n)
+
+
+def paired_bootstrap(
+    a: Tensor | Sequence[float], b: Tensor | Sequence[float], *, draws: int = 10_000, level: float = 0.95, seed: int = 0
+) -> tuple[float, float, float]:
+    """(mean of a - b, low, high): the percentile interval over resamples of the items that ``a`` and ``b`` share.
+
+    Raises:
+        ValueError: the two do not pair, or there is no item.
+    """
+    a, b = (torch.as_tensor(t, dtype=torch.float64).flatten() for t in (a, b))
+    if a.shape != b.shape or a.numel() == 0:
+        raise ValueError(f"paired values need the same items: got {a.numel()} and {b.numel()}")
+    difference = a - b
+    generator = torch.Generator().manual_seed(seed)
+    means = [
+        difference[torch.randint(len(a), (min(1000, draws - at), len(a)), generator=generator)].mean(1)
+        for at in range(0, draws, 1000)
+    ]
+    low, high = torch.quantile(torch.cat(means), torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64))
+    return float(difference.mean()), float(low), float(high)
+
+
+def mcnemar(a: Tensor | Sequence[bool], b: Tensor | Sequence[bool]) -> float:
+    """The two-sided exact p-value that right answers ``a`` and ``b`` on the same items differ by chance (McNemar).
+
+    Raises:
+        ValueError: the two do not pair.
+    """
+    a, b = (torch.as_tensor(t, dtype=torch.bool).flatten() for t in (a, b))
+    if a.shape != b.shape:
+        raise ValueError(f"paired answers need the same items: got {a.numel()} and {b.numel()}")
+    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
+    return float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+
+
+def holm(p: Mapping[str, float]) -> dict[str, float]:
+    """p-values adjusted for the number of tests in the family (Holm's step-down), in the order given."""
+    adjusted: dict[str, float] = {}
+    running = 0.0
+    for rank, name in enumerate(sorted(p, key=lambda n: p[n])):
+        running = max(running, min(1.0, (len(p) - rank) * p[name]))
+        adjusted[name] = running
+    return {name: adjusted[name] for name in p}

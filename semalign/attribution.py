@@ -1,0 +1,159 @@
+"""Layer attribution (section 4.1): gradient x activation of every layer in one forward and one backward pass.
+
+The objective is the mean cross-entropy over supervised positions. Under RMSNorm the *signed* sum over channels at the
+last layer's stream is 0 at every position: the loss does not change with the length of that vector, so its gradient is
+orthogonal to it. ``abs`` and ``l2`` do not have this blind spot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from semalign.models import Model, decoder_layers
+from semalign.supervision import IGNORED, POINTS, capture, skip_layers
+
+REDUCES = ("signed", "abs", "l2")
+Batch = dict[str, Tensor]
+
+
+def objective(model: Model, batch: Batch) -> Tensor:
+    """Mean cross-entropy in nats over the supervised positions of ``batch`` (section 4.1's supervised objective).
+
+    Raises:
+        ValueError: the batch has no label, so that there is nothing to attribute.
+    """
+    labels = batch["labels"][:, 1:]
+    if not (labels != IGNORED).any():
+        raise ValueError("the batch has no supervised position: every label is -100")
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED)
+
+
+@contextmanager
+def _evaluating(model: Model) -> Iterator[None]:
+    """Eval mode inside, and every module's own mode back after."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def _graph_from_embeddings(model: Model) -> Iterator[None]:
+    """Start the graph at the embeddings' output and leave every parameter out of it; all flags are put back after."""
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    handle = model.get_input_embeddings().register_forward_hook(  # type: ignore[operator]
+        lambda _module, _args, output: output.detach().requires_grad_()
+    )
+    for parameter, _ in flags:
+        parameter.requires_grad_(False)
+    try:
+        with _evaluating(model), torch.enable_grad():
+            yield
+    finally:
+        handle.remove()
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def _reduce(product: Tensor, reduce: str) -> Tensor:
+    """(..., D) -> (...): the aggregate over channels."""
+    if reduce == "signed":
+        return product.sum(-1)
+    return product.abs().sum(-1) if reduce == "abs" else product.square().sum(-1)
+
+
+def layer_attribution(
+    model: Model, batch: Batch, *, point: str = "stream", reduce: str = "signed", per_token: bool = False
+) -> Tensor:
+    """The importance of every layer: gradient of the objective times activation, aggregated.
+
+    Args:
+        model: a causal LM; it is left as it was found.
+        batch: ``input_ids``, ``attention_mask`` and ``labels``, each (B, T), padded on the right.
+        point: ``stream`` (the layer's output), ``residual`` (what the whole layer adds, with the gradient of its
+            output), ``mlp`` or ``attention`` (what the sublayer adds).
+        reduce: ``signed`` sum, sum of absolute values, or ``l2`` norm, over tokens and channels.
+        per_token: keep the tokens: the aggregate over channels only.
+
+    Returns:
+        (L,) scores, layer 1 first; (L, B, T) if ``per_token``. Equal to Captum's LayerGradientXActivation, reduced.
+
+    Raises:
+        ValueError: an unknown point or reduction, or a batch without labels.
+    """
+    if point not in POINTS:
+        raise ValueError(f"unknown point {point!r}; choose one of {', '.join(POINTS)}")
+    if reduce not in REDUCES:
+        raise ValueError(f"unknown reduction {reduce!r}; choose one of {', '.join(REDUCES)}")
+    layers = range(1, len(decoder_layers(model)) + 1)
+    read = "stream" if point == "residual" else point
+    taps = [(k, read) for k in layers] + ([(k, "residual") for k in layers] if point == "residual" else [])
+    with _graph_from_embeddings(model), capture(model, taps) as seen:
+        loss = objective(model, batch)
+        gradients = torch.autograd.grad(loss, [seen[k, read] for k in layers])
+    real = batch["attention_mask"].bool()
+    products = [seen[k, point].detach().float() * g.float() for k, g in zip(layers, gradients, strict=True)]
+    scores = torch.stack([_reduce(product, reduce) * real for product in products])
+    if not per_token:
+        scores = scores.sum((1, 2))
+    return scores.sqrt() if reduce == "l2" else scores
+
+
+@torch.no_grad()
+def skip_loss(model: Model, batch: Batch) -> Tensor:
+    """How much the objective rises, in nats, when a layer is left out: (L,). What attribution estimates, measured.
+
+    Raises:
+        ValueError: a batch without labels.
+    """
+    rises = []
+    with _evaluating(model):
+        whole = objective(model, batch)
+        for k in range(1, len(decoder_layers(model)) + 1):
+            with skip_layers(model, [k]):
+                rises.append(objective(model, batch) - whole)
+    return torch.stack(rises)
+
+
+def neuron_attribution(model: Model, batch: Batch) -> Tensor:
+    """Gradient x activation of every MLP neuron, signed and summed over tokens: (L, F).
+
+    A neuron is a coordinate of the input of ``down_proj``, where one number gates one column of the layer's output.
+
+    Raises:
+        ValueError: an MLP without a ``down_proj``, or a batch without labels.
+    """
+    seen: dict[int, Tensor] = {}
+    handles = []
+
+    def hook(layer: int) -> Any:
+        def keep(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen[layer] = args[0]
+
+        return keep
+
+    blocks = list(decoder_layers(model))
+    for layer, block in enumerate(blocks):
+        down = getattr(getattr(block, "mlp", None), "down_proj", None)
+        if down is None:
+            raise ValueError(
+                f"layer {layer + 1} of a {type(model).__name__} has no mlp.down_proj, so no neurons to score"
+            )
+        handles.append(down.register_forward_pre_hook(hook(layer)))
+    try:
+        with _graph_from_embeddings(model):
+            gradients = torch.autograd.grad(objective(model, batch), [seen[i] for i in range(len(blocks))])
+    finally:
+        for handle in handles:
+            handle.remove()
+    real = batch["attention_mask"].bool()[..., None]
+    return torch.stack([(seen[i].detach() * g * real).float().sum((0, 1)) for i, g in enumerate(gradients)])
