@@ -1,0 +1,118 @@
+"""lm-evaluation-harness's Hugging Face backend with less work: one pass over a prompt whatever the number of choices.
+
+The prompts are padded on the left and sorted by length; logits are made at scored positions only. A request that does
+not fit into the model's context is not cut: it is answered with nothing, and ``evaluate`` counts it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import handle_stop_sequences, postprocess_generated_text
+from torch import Tensor
+
+ROOM = 16  # tokens that an answer needs at least
+NOT_ASKED = -1e30  # log-probability where the request does not fit
+
+
+class SharedPrefixLM(HFLM):
+    """A model held in memory; ``batch_size`` counts sequences."""
+
+    def _pad(self, rows: Sequence[Sequence[int]], side: str) -> tuple[Tensor, Tensor]:
+        """Rows of token ids as (B, T) with their mask (B, T)."""
+        size = max(len(row) for row in rows)
+        ids = torch.full((len(rows), size), self.tokenizer.pad_token_id or 0, device=self.device)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            where = slice(size - len(row), size) if side == "left" else slice(0, len(row))
+            ids[i, where] = torch.tensor(row, device=self.device)
+            mask[i, where] = 1
+        return ids, mask
+
+    @torch.no_grad()
+    def _loglikelihood_tokens(
+        self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """(Summed log-probability, whether it is greedy) of each request (text, context ids, continuation ids)."""
+        answers: list[tuple[float, bool]] = [(NOT_ASKED, False)] * len(requests)
+        groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for i, (_, context, continuation) in enumerate(requests):
+            if len(context) + len(continuation) <= self.max_length:
+                groups[tuple(context)].append(i)
+        for batch in _batches(groups, requests, int(self.batch_size)):
+            ids, mask = self._pad(batch, "left")
+            owners = [row for row, context in enumerate(batch) for _ in groups[context]]
+            members = [i for context in batch for i in groups[context]]
+            wanted = [requests[i][2] for i in members]
+            longest = max(len(w) for w in wanted)
+            out = self.model(
+                input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), logits_to_keep=1,
+                use_cache=longest > 1,
+            )  # fmt: skip
+            first = torch.log_softmax(out.logits[:, -1].float(), -1)[owners]  # (choices, m)
+            score, greedy = _score(first.unsqueeze(1), [w[:1] for w in wanted])
+            if longest > 1:
+                name = "cache" if "cache" in out else "past_key_values"  # its name until transformers 5.2x
+                out[name].batch_select_indices(torch.tensor(owners, device=self.device))
+                rest, rest_mask = self._pad([w[:-1] or [0] for w in wanted], "right")
+                before = mask[owners]
+                later = self.model(
+                    input_ids=rest, attention_mask=torch.cat([before, rest_mask], 1), **{name: out[name]},
+                    position_ids=before.sum(1, keepdim=True) + torch.arange(rest.shape[1], device=self.device),
+                )  # fmt: skip
+                more, greedy_too = _score(torch.log_softmax(later.logits.float(), -1), [w[1:] for w in wanted])
+                score, greedy = score + more, greedy & greedy_too
+            for i, s, g in zip(members, score.tolist(), greedy.tolist(), strict=True):
+                answers[i] = (s, g)
+        return answers
+
+    @torch.no_grad()
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """One text for each request, all with the same generation arguments, cut before the first stop string."""
+        texts = [""] * len(requests)
+        ids = [self.tok_encode(request.args[0]) for request in requests]
+        fitting = [i for i in range(len(ids)) if len(ids[i]) + ROOM <= self.max_length]
+        order = sorted(fitting, key=lambda i: (-len(ids[i]), ids[i]))
+        for start in range(0, len(order), int(self.batch_size)):
+            rows = order[start : start + int(self.batch_size)]
+            options = dict(requests[rows[0]].args[1])
+            eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+            until = handle_stop_sequences(options.pop("until", None), eos=eos)
+            context, mask = self._pad([ids[i] for i in rows], "left")
+            size = min(context.shape[1] + options.pop("max_gen_toks"), self.max_length)
+            out = self._model_generate(context=context, attention_mask=mask, stop=until, max_length=size, **options)
+            for i, tokens in zip(rows, out[:, context.shape[1] :].tolist(), strict=True):
+                texts[i] = postprocess_generated_text(self.tok_decode(tokens), stop=until, think_end_token=None)
+        return texts
+
+
+def _batches(
+    groups: dict[tuple[int, ...], list[int]], requests: list[Any], size: int
+) -> Iterator[list[tuple[int, ...]]]:
+    """Contexts, the longest first, so many at a time that they, or their longer choices, fill ``size`` rows."""
+    batch: list[tuple[int, ...]] = []
+    rows = 0
+    for context in sorted(groups, key=lambda c: (-len(c), c)):
+        single = all(len(requests[i][2]) == 1 for i in groups[context])
+        needed = 1 if single else len(groups[context])
+        if batch and rows + needed > size:
+            yield batch
+            batch, rows = [], 0
+        batch.append(context)
+        rows += needed
+    if batch:
+        yield batch
+
+
+def _score(logp: Tensor, wanted: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Sums (B,) of log-probabilities (B, T, m) at the wanted ids, and whether each is the likeliest one, (B,) bool."""
+    size = logp.shape[1]
+    ids = torch.tensor([w + [0] * (size - len(w)) for w in wanted], device=logp.device)
+    real = torch.tensor([[t < len(w) for t in range(size)] for w in wanted], device=logp.device)
+    found = logp.gather(2, ids.unsqueeze(2)).squeeze(2)
+    return (found * real).sum(1), ((logp.argmax(2) == ids) | ~real).all(1)

@@ -1,0 +1,443 @@
+"""Running generated code: a fresh isolated process a program, and proof that the program reached its end.
+
+Isolation has two levels. ``namespace``: bubblewrap where it is installed and works, otherwise ``unshare`` (own process,
+network and mount namespaces; Python's files read-only, an empty 64 MiB ``/tmp``, and nothing else of the machine).
+``rlimits``: where neither works, a guard inside the interpreter that refuses files, processes and sockets.
+Resource limits, the guard against native code and the wall clock act at both. Only the standard library is there.
+
+Proof of the end. Whatever shares an interpreter with a program can be found and forged by it, and so can a result line
+or an exit status. So the end is read off from outside: the driver blocks in the same ``read`` call once before and once
+after ``exec(program)``, and the kernel's ``/proc/PID/syscall`` gives the main thread's stack pointer. Code that still
+runs *inside* ``exec`` is deeper on the C stack, and code that left it by an exception is never called again. Where the
+kernel does not show this file, a random token that the driver holds is the only proof.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import queue
+import resource
+import secrets
+import select
+import shlex
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+OUTPUT_BYTES = 1 << 20
+FILE_BYTES = 16 << 20
+FOLDER_BYTES = 64 << 20
+PROCESSES = 8
+START_S = 20.0
+_UID = 1_000_000  # root's programs run as users of their own from here on: the process limit exempts root
+_FLAGS = ("-s", "-S", "-P", "-B", "-X", "utf8", "-c")
+_ENV = {"PYTHONHASHSEED": "0"}  # sets are ordered alike in every run, so a verdict does not change
+
+# The first process of a sandbox loads common modules once and forks a process a program. That process calls nothing but
+# C functions held in local variables once the program has run: a Python function could have been replaced by the
+# program, and would then run at the driver's own stack depth.
+_DRIVER = r"""
+import _functools, _socket, _thread, posix, resource, sys, time
+import bisect, collections, copy, datetime, functools, heapq, itertools, math, random, re, string, typing
+
+def run(fd, uid, strict, roots):
+    read, write, leave, threads, sleep = posix.read, posix.write, posix._exit, _thread._count, time.sleep
+
+    def take(size):
+        parts = []
+        while size:
+            parts.append(read(fd, min(size, 1 << 20)) or leave(3))
+            size -= len(parts[-1])
+        return b"".join(parts)
+
+    if uid:
+        posix.setgroups([]); posix.setresgid(uid, uid, uid); posix.setresuid(uid, uid, uid)
+    token = take(16)
+    for pair in take(int.from_bytes(take(8), "big")).split(b","):
+        what, value = map(int, pair.split(b":"))
+        hard = resource.getrlimit(what)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(what, (value, value))
+    source = take(int.from_bytes(take(8), "big")).decode("utf-8", "surrogatepass")
+    events = frozenset(('os.fork', 'os.forkpty', 'os.exec', 'os.posix_spawn', 'os.spawn', 'os.system', 'os.kill',
+        'os.killpg', 'subprocess.Popen', 'pty.spawn', 'signal.pthread_kill', 'gc.get_objects', 'gc.get_referrers',
+        'gc.get_referents', 'sys.settrace', 'sys.setprofile', 'sys._current_frames',
+        'sys.monitoring.register_callback', 'cpython._PySys_ClearAuditHooks', 'sqlite3.enable_load_extension',
+        'sqlite3.load_extension', 'sys.remote_exec'))
+    modules = ('_posixsubprocess', '_ctypes', '_testcapi', '_testinternalcapi', '_xxsubinterpreters', '_interpreters')
+    starts, text, kind = str.startswith, str, type
+
+    def inside(path):  # a real string without a way up, below a folder that may be read
+        return kind(path) is text and '..' not in path and starts(path, roots)
+
+    def refused(event, args):
+        if event in events or starts(event, ('ctypes.', 'socket.')):
+            return True
+        if event == 'import':
+            return args[0] in modules or (args[1] is not None and not inside(args[1]))
+        if not strict:
+            return False
+        if event == 'open':
+            return not (inside(args[0]) and args[2] & 3 == 0)
+        if event in ('os.listdir', 'os.scandir'):
+            return not inside(args[0])
+        return starts(event, ('os.', 'shutil.'))
+
+    def guard(event, args, refused=refused, write=write, leave=leave):
+        try:
+            verdict = refused(event, args)
+        except BaseException:
+            verdict = True
+        if verdict:
+            write(2, b'\nrefused: ' + f'{event} {args[:1]}'[:200].encode())
+            leave(4)
+
+    stub = kind(sys)('_posixsubprocess')  # lets `import asyncio` work; starting a process does not
+    stub.fork_exec = None
+    sys.modules['_posixsubprocess'] = stub
+    join = "import sys\nt = sys.modules.get('threading')\nt and t._shutdown()"
+    sys.addaudithook(guard)
+    _thread.start_new_thread(int, ())  # from its first thread on, a process enters system calls by another path
+    while threads():
+        sleep(0.0001)
+    gate = iter(_functools.partial(read, fd, 1), b'')  # a C iterator: reads at the same stack depth every time
+    try:
+        write(fd, token)
+        for _ in gate:
+            exec(source, {})
+            exec(join, {})
+            while threads():
+                sleep(0.005)
+            write(fd, token)
+    except BaseException as error:
+        name = type(error).__name__
+        try:
+            write(2, f'\n{name}: {error}'[:2000].encode('utf-8', 'replace'))
+        except BaseException:
+            pass
+        leave(1)
+
+def serve(fd, uid, strict, roots):
+    control = _socket.socket(fileno=fd)
+    while True:
+        asked, passed, _, _ = control.recvmsg(1, _socket.CMSG_SPACE(8))
+        if not asked:
+            return
+        channel, out = memoryview(passed[0][2]).cast('i')
+        child = posix.fork()
+        if not child:
+            control.close()
+            posix.setsid()
+            posix.dup2(out, 1)
+            posix.dup2(out, 2)
+            posix.close(out)
+            run(channel, uid, strict, roots)
+            posix._exit(5)
+        posix.close(channel)
+        posix.close(out)
+        posix.waitpid(child, 0)
+        try:
+            if posix.getpid() == 1:  # of its own namespace: what the program may have left is all there is
+                posix.kill(-1, 9)
+            while True:
+                posix.waitpid(-1, 0)
+        except (ChildProcessError, ProcessLookupError):
+            pass
+        control.send(b'used' if posix.listdir('.') else b'same')
+
+serve(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == '1', tuple(sys.argv[4:]))
+"""
+
+
+class SandboxError(RuntimeError):
+    """Generated code may not or cannot be executed here; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one program.
+
+    ``passed``: the program ran to its end, without an exception, an early exit or a running thread, within its limits.
+    ``reason``: ``passed``, ``timed out``, ``too much output``, or what stopped it. ``seconds``: wall clock of the
+    program without the interpreter's start. ``output``: the last 2,000 characters that it printed.
+    """
+
+    passed: bool
+    reason: str
+    seconds: float
+    output: str = ""
+
+
+def _python() -> str:
+    return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
+
+
+@functools.cache
+def _visible() -> tuple[str, ...]:
+    """What a program may read: the interpreter, its library and the system's shared libraries."""
+    prefixes = [Path(sys.base_prefix), Path(sys.base_exec_prefix), Path("/usr"), Path("/")]
+    lib = [str(p / name) for p in prefixes for name in ("lib", "lib64")]
+    return tuple(dict.fromkeys(p for p in [_python(), *lib, "/etc/ld.so.cache"] if os.path.exists(p)))
+
+
+def _bubblewrap(uid: int) -> list[str]:
+    own = ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if uid else ["--unshare-user"]
+    command = ["bwrap", *own, "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
+    command += ["--die-with-parent", "--as-pid-1", "--dev-bind", "/dev/null", "/dev/null"]
+    for path in _visible():
+        for above in reversed(Path(path).parents[:-1]):  # bubblewrap would make them for their owner alone
+            command += ["--perms", "0755", "--dir", str(above)]
+        link = os.path.islink(path)
+        command += ["--symlink", os.readlink(path), path] if link else ["--ro-bind", path, path]
+    command += ["--perms", "0777", "--size", str(FOLDER_BYTES), "--tmpfs", "/tmp"]
+    return [*command, "--remount-ro", "/", "--chdir", "/tmp"]
+
+
+def _unshare(uid: int) -> list[str]:
+    lines = ["set -e", "mount -t tmpfs -o mode=755,nosuid,nodev jail /mnt", "mkdir -p /mnt/tmp"]
+    for path in _visible():
+        inner, parent = shlex.quote(f"/mnt{path}"), shlex.quote(f"/mnt{os.path.dirname(path)}")
+        if os.path.islink(path):
+            lines += [f"mkdir -p {parent}", f"ln -s {shlex.quote(os.readlink(path))} {inner}"]
+        else:
+            place = f"mkdir -p {inner}" if os.path.isdir(path) else f"mkdir -p {parent}; : > {inner}"
+            lines += [place, f"mount -o bind,ro,nosuid,nodev {shlex.quote(path)} {inner}"]
+    lines += ["mount -o remount,bind,ro,nosuid,nodev /mnt"]
+    lines += [f"mount -t tmpfs -o mode=777,nosuid,nodev,noexec,size={FOLDER_BYTES},nr_inodes=4096 work /mnt/tmp"]
+    # A second user namespace takes the capabilities over the first one's mounts away.
+    lines += [f'exec unshare {"" if uid else "--user"} --root=/mnt --wd=/tmp "$@"']
+    spaces = ["--mount", "--net", "--pid", "--ipc", "--uts", "--fork", "--kill-child"]
+    own = [] if uid else ["--user", "--map-root-user"]
+    return ["unshare", *spaces, *own, "--", "/bin/sh", "-c", "\n".join(lines), "sh"]
+
+
+_TOOLS = {"bubblewrap": _bubblewrap, "unshare": _unshare}
+
+
+@functools.cache
+def active_tool() -> str | None:
+    """``bubblewrap`` or ``unshare``, whichever first runs a program here; ``None`` where no isolation tool works."""
+    return next((tool for tool in _TOOLS if _run_all(["pass"], tool, 10.0, 512, 1)[0].passed), None)
+
+
+def active_level() -> str:
+    """The isolation that programs get on this machine: ``namespace`` or ``rlimits``."""
+    return "namespace" if active_tool() else "rlimits"
+
+
+def require_level(isolation: str) -> str:
+    """The active level, if it is at least ``isolation`` (``namespace`` or ``rlimits``).
+
+    Raises:
+        SandboxError: the machine offers less.
+        ValueError: the level is unknown.
+    """
+    if isolation not in ("namespace", "rlimits"):
+        raise ValueError(f"isolation must be 'namespace' or 'rlimits', not {isolation!r}")
+    if isolation == "namespace" and active_level() != "namespace":
+        raise SandboxError(
+            "generated code needs isolation='namespace', but neither bubblewrap nor unshare works here; "
+            "install bubblewrap (apt-get install bubblewrap), or accept the weaker guard with isolation='rlimits'"
+        )
+    return active_level()
+
+
+def _position(pid: int, expected: tuple[str, ...] | None = None) -> tuple[str, ...] | None:
+    """Where the main thread of ``pid`` blocks: (system call, fd, count, stack pointer, program counter).
+
+    It may run, or wait for the interpreter's lock, for a moment: half a second is given to block, and at ``expected``.
+    ``None`` where the kernel does not tell.
+    """
+    until = time.monotonic() + 0.5
+    where: tuple[str, ...] = ()
+    while time.monotonic() < until and (not where or (expected and where != expected)):
+        try:
+            fields = Path(f"/proc/{pid}/syscall").read_text().split()
+        except OSError:
+            return None
+        where = (fields[0], fields[1], fields[3], fields[7], fields[8]) if len(fields) == 9 else ()
+    return where
+
+
+def _limits(timeout_s: float, memory_mb: int) -> bytes:
+    """What a program's process sets for itself, as ``kind:value,...``; later no one can raise them."""
+    limits = {
+        resource.RLIMIT_CPU: int(timeout_s) + 1,
+        resource.RLIMIT_AS: memory_mb << 20,
+        resource.RLIMIT_FSIZE: FILE_BYTES,
+        resource.RLIMIT_NPROC: PROCESSES,
+        resource.RLIMIT_NOFILE: 64,
+        resource.RLIMIT_CORE: 0,
+    }
+    return ",".join(f"{kind}:{value}" for kind, value in limits.items()).encode()
+
+
+@dataclass
+class _Box:
+    """One sandbox: its first process, the socket to it, and at the level ``rlimits`` its folder."""
+
+    process: subprocess.Popen[bytes]
+    control: socket.socket
+    folder: str | None
+
+
+def _open_box(tool: str | None, worker: int) -> _Box:
+    uid = _UID + os.getpid() % 10_000 * 100 + worker if tool and os.geteuid() == 0 else 0
+    folder = None if tool else tempfile.mkdtemp(prefix="semalign-")
+    roots = _visible() if tool else (*_visible(), f"{folder}/")
+    ours, theirs = socket.socketpair()
+    ours.settimeout(START_S)
+    bound = ["setpriv", "--pdeathsig", "KILL", "--no-new-privs"]  # bubblewrap does this itself
+    command = bound if tool != "bubblewrap" and shutil.which("setpriv") else []
+    command += _TOOLS[tool](uid) if tool else []
+    command += [_python(), *_FLAGS, _DRIVER, str(theirs.fileno()), str(uid), "0" if tool else "1", *roots]
+    with theirs:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            cwd=folder or "/", env=_ENV, pass_fds=[theirs.fileno()], start_new_session=True,
+        )  # fmt: skip
+    return _Box(process, ours, folder)
+
+
+def _close_box(box: _Box) -> None:
+    box.control.close()  # its first process ends by this, and the kernel ends with it all others of its namespace
+    try:
+        box.process.wait(0.5)
+    except subprocess.TimeoutExpired:
+        os.killpg(box.process.pid, signal.SIGKILL)
+        box.process.wait()
+    if box.folder:
+        shutil.rmtree(box.folder, ignore_errors=True)
+
+
+def _run(program: str, box: _Box, timeout_s: float, memory_mb: int) -> tuple[Outcome, bool]:
+    """Run one program in ``box``; returns its outcome, and whether the box is as it was before."""
+    token = secrets.token_bytes(16)
+    parts = _limits(timeout_s, memory_mb), program.encode("utf-8", "surrogatepass")
+    ours, theirs = socket.socketpair()
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    ours.settimeout(START_S)
+    out, printing = os.pipe()
+    printed, watch, pid, started = b"", -1, 0, time.monotonic()
+    reason, ready, same = "the sandbox did not start", b"", False
+    try:
+        with theirs, contextlib.suppress(OSError):
+            socket.send_fds(box.control, [b"r"], [theirs.fileno(), printing])
+        os.close(printing)
+        with contextlib.suppress(OSError):
+            ours.sendall(token + b"".join(len(part).to_bytes(8, "big") + part for part in parts))
+            ready, credentials, _, _ = ours.recvmsg(16, socket.CMSG_SPACE(12))
+        if ready == token:
+            pid = struct.unpack("3i", credentials[0][2])[0]  # as this process sees it, whatever the namespace
+            watch = os.pidfd_open(pid)
+            before = _position(pid)
+            started = time.monotonic()
+            ours.send(b"g")
+            reason, printed = _follow(ours, out, started + timeout_s, token)
+            if reason == "passed" and before is not None and _position(pid, before) != before:
+                reason = "the end was forged"
+    finally:
+        seconds = time.monotonic() - started
+        if watch >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(watch, signal.SIGKILL)
+            os.close(watch)
+        ours.close()
+        os.close(out)
+    if pid:
+        box.control.settimeout(1.0)
+        with contextlib.suppress(OSError):
+            same = box.control.recv(4) == b"same"
+    text = printed.decode("utf-8", "replace")[-2000:]
+    if reason == "ended early" and text.strip():
+        reason = f"stopped: {text.strip().splitlines()[-1][:200]}"
+    return Outcome(reason == "passed", reason, seconds, text), same
+
+
+def _drain(descriptor: int) -> bytes:
+    os.set_blocking(descriptor, False)
+    try:
+        return os.read(descriptor, 1 << 16)
+    except OSError:
+        return b""
+
+
+def _follow(control: socket.socket, out: int, deadline: float, token: bytes) -> tuple[str, bytes]:
+    """Wait for the token, the process's end, the deadline or too much output; returns (reason, last output)."""
+    tail, total, said = b"", 0, b""
+    poll = select.poll()
+    poll.register(control, select.POLLIN)
+    poll.register(out, select.POLLIN)
+    while (left := deadline - time.monotonic()) > 0:
+        for descriptor, _ in poll.poll(left * 1000):
+            if descriptor == out:
+                chunk = os.read(out, 1 << 16)
+                total, tail = total + len(chunk), (tail + chunk)[-8192:]
+                if not chunk:
+                    poll.unregister(out)
+                if total > OUTPUT_BYTES:
+                    return "too much output", tail
+            else:
+                chunk = control.recv(64)
+                said += chunk
+                if len(said) >= len(token) or not chunk:
+                    return ("passed" if said == token else "ended early"), tail + _drain(out)
+    return "timed out", tail
+
+
+def run_programs(
+    programs: list[str], *, timeout_s: float = 5.0, memory_mb: int = 512, workers: int | None = None,
+    isolation: str = "rlimits",
+) -> list[Outcome]:  # fmt: skip
+    """Run complete programs, each in a process of its own, in parallel over the cores; outcomes in the same order.
+
+    ``timeout_s``: wall-clock seconds a program; ``memory_mb``: MiB of address space; ``workers``: programs at a time
+    (default: the cores this process may use); ``isolation``: the least level that is accepted.
+
+    Raises:
+        SandboxError: the machine offers less isolation, or is not Linux.
+        ValueError: an unknown level, or a limit that is not positive.
+    """
+    if sys.platform != "linux":
+        raise SandboxError("generated code is executed on Linux only: the sandbox is made of its namespaces and limits")
+    if timeout_s <= 0 or memory_mb <= 0:
+        raise ValueError(f"timeout_s and memory_mb must be positive, not {timeout_s} and {memory_mb}")
+    require_level(isolation)
+    return _run_all(programs, active_tool(), timeout_s, memory_mb, workers or len(os.sched_getaffinity(0)))
+
+
+def _run_all(programs: list[str], tool: str | None, timeout_s: float, memory_mb: int, workers: int) -> list[Outcome]:
+    idle: queue.SimpleQueue[tuple[int, _Box | None]] = queue.SimpleQueue()
+    for worker in range(workers):
+        idle.put((worker, None))
+
+    def one(program: str) -> Outcome:
+        worker, box = idle.get()
+        same = False
+        try:
+            box = box or _open_box(tool, worker)
+            outcome, same = _run(program, box, timeout_s, memory_mb)
+            return outcome
+        finally:
+            if box and not same:
+                _close_box(box)
+            idle.put((worker, box if same else None))
+
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            return list(pool.map(one, programs))
+        finally:
+            pool.shutdown(cancel_futures=True)
+            while not idle.empty():
+                if box := idle.get()[1]:
+                    _close_box(box)

