@@ -1,0 +1,223 @@
+"""Seeded generators of word problems and of small Python programs, each with the signature that decides its split."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
+
+# (name, upper bound): a problem's numbers, or a program's code, fall into exactly one split
+SPLITS = (("test", 0.12), ("validation", 0.18), ("train", 0.30), ("align", 0.34), ("extract", 0.36), ("pretrain", 1.0))
+NAMES = "Ana Ben Carla David Elif Farid Grace Hugo Ines Jonas Kofi Lina Maya Noah Olga Pedro Rosa Sami Tara Yusuf".split()
+THINGS = "apples pens books coins shells cards eggs stamps cookies marbles beads stones".split()
+BOXES = "boxes bags baskets jars crates".split()
+
+
+def split_of(signature: str) -> str:
+    """The split that owns a signature."""
+    share = int(sha256(signature.encode()).hexdigest()[:8], 16) / 2**32
+    return next(name for name, bound in SPLITS if share < bound)
+
+
+@dataclass(frozen=True)
+class WordProblem:
+    """A question, its worked steps as (expression, result), and ``signature``: operations and numbers without the story."""
+
+    question: str
+    steps: tuple[tuple[str, int], ...]
+    signature: str
+
+    @property
+    def answer(self) -> str:
+        """GSM8K's answer: annotated steps, then '#### N'."""
+        lines = [f"{e} = <<{e.replace(' ', '')}={r}>>{r}" for e, r in self.steps]
+        return "\n".join([*lines, f"#### {self.steps[-1][1]}"])
+
+    @property
+    def working(self) -> str:
+        """The steps in one line, as LaTen writes GSM8K's answers."""
+        return " ".join(f"{e} = {r}." for e, r in self.steps)
+
+
+def word_problem(rng: random.Random) -> WordProblem:
+    """One to four steps over whole numbers, every intermediate result between 0 and 400."""
+    name, friend = rng.sample(NAMES, 2)
+    thing, box = rng.choice(THINGS), rng.choice(BOXES)
+    steps: list[tuple[str, int]] = []
+    if rng.random() < 0.35:
+        a, b = rng.randint(2, 12), rng.randint(2, 9)
+        text = rng.choice([f"{name} has {a} {box} with {b} {thing} each.", f"{name} fills {a} {box} with {b} {thing} in each."])
+        steps.append((f"{a} * {b}", a * b))
+        total, left = a * b, rng.choice([0, 1, 1, 2, 2, 3])
+    else:
+        total, left = rng.randint(3, 60), rng.choice([1, 2, 2, 3, 3, 4])
+        text = rng.choice([f"{name} has {total} {thing}.", f"{name} finds {total} {thing}.", f"There are {total} {thing} in a jar."])
+    ask = f"How many {thing} are there now?"
+    for position in range(left):
+        kind = rng.choice(["more", "less", "gift", "times", "half", "share", "price", "rest"])
+        n = rng.randint(2, 60)
+        last = position == left - 1
+        if kind == "less" and total > 4:
+            n = rng.randint(2, total - 1)
+            sentence = rng.choice([f"{name} loses {n} of them.", f"{name} sells {n} {thing}.", f"{n} of them break."])
+            steps.append((f"{total} - {n}", total - n))
+        elif kind == "times" and total <= 60:
+            n = rng.randint(2, 6)
+            word = {2: "twice", 3: "three times", 4: "four times", 5: "five times", 6: "six times"}[n]
+            sentence = rng.choice([f"Soon there are {word} as many.", f"{friend} makes it {word} as many."])
+            steps.append((f"{total} * {n}", total * n))
+        elif kind == "half" and total % 2 == 0 and total > 2:
+            sentence = rng.choice([f"{name} gives half of them to {friend}.", "Half of them get lost."])
+            steps.append((f"{total} / 2", total // 2))
+        elif kind == "share" and last and total > 5:
+            n = next((d for d in rng.sample(range(2, 10), 8) if total % d == 0), 1)
+            if n == 1:
+                n = rng.randint(2, 60)
+                sentence = f"{friend} brings {n} more."
+                steps.append((f"{total} + {n}", total + n))
+            else:
+                sentence, ask = f"{n} friends share them equally.", f"How many {thing} does each friend get?"
+                steps.append((f"{total} / {n}", total // n))
+        elif kind == "price" and last and total <= 60:
+            n = rng.randint(2, 6)
+            sentence, ask = f"{name} sells them all for {n} dollars each.", f"How many dollars does {name} get?"
+            steps.append((f"{total} * {n}", total * n))
+        elif kind == "rest" and last and total < 90:
+            n = total + rng.randint(2, 40)
+            sentence, ask = f"{name} wants {n} {thing}.", f"How many {thing} are missing?"
+            steps.append((f"{n} - {total}", n - total))
+        else:
+            sentence = rng.choice([f"{name} gets {n} more.", f"{friend} brings {n} {thing}.", f"{name} buys {n} more {thing}."])
+            steps.append((f"{total} + {n}", total + n))
+        text, total = f"{text} {sentence}", steps[-1][1]
+    if not 0 <= total <= 400:
+        return word_problem(rng)
+    return WordProblem(f"{text} {ask}", tuple(steps), "; ".join(e for e, _ in steps))
+
+
+@dataclass(frozen=True)
+class Program:
+    """A function of one expression: its code is its signature."""
+
+    name: str
+    params: str
+    expression: str
+    description: str
+    calls: tuple[tuple[str, str], ...]  # four (call, result) pairs as source text
+
+    @property
+    def head(self) -> str:
+        """The line that opens the function."""
+        return f"def {self.name}({self.params}):"
+
+    @property
+    def body(self) -> str:
+        """The line that ends it."""
+        return f"    return {self.expression}"
+
+    @property
+    def signature(self) -> str:
+        """Parameters and expression: the program without its name and description."""
+        return f"{self.params}: {self.expression}"
+
+
+FUNCTIONS = "solve compute work task run apply build make get job".split()
+# phrase, or two phrases of the same meaning; {k} is a constant, and the code's {} is what the operation is applied to
+KEEP = (
+    ("even numbers|numbers that are even", "x % 2 == 0"), ("odd numbers|numbers that are odd", "x % 2 == 1"),
+    ("positive numbers|numbers above zero", "x > 0"), ("negative numbers|numbers below zero", "x < 0"),
+    ("numbers greater than {k}|numbers above {k}", "x > {k}"), ("numbers less than {k}|numbers below {k}", "x < {k}"),
+    ("multiples of {k}|numbers divisible by {k}", "x % {k} == 0"), ("numbers other than {k}|numbers that differ from {k}", "x != {k}"),
+    ("numbers ending in {k}|numbers whose last digit is {k}", "x % 10 == {k}"),
+)  # fmt: skip
+EACH = (
+    ("the squares of", "x * x"), ("the doubles of|twice", "2 * x"), ("the absolute values of|the sizes of", "abs(x)"),
+    ("the negatives of|minus", "-x"), ("{k} more than", "x + {k}"), ("{k} less than", "x - {k}"), ("{k} times", "{k} * x"),
+    ("the quotients by {k} of", "x // {k}"), ("the remainders by {k} of", "x % {k}"), ("the cubes of", "x ** 3"),
+)  # fmt: skip
+WHOLE = (
+    ("the sum of|the total of", "sum({})"), ("the largest of|the maximum of", "max([{}], default=0)"),
+    ("the smallest of|the minimum of", "min([{}], default=0)"), ("a list of|all of", "[{}]"),
+    ("the sorted list of|in rising order", "sorted({})"), ("the descending list of|in falling order", "sorted({{}}, reverse=True)"),
+    ("the first {k} of", "[{}][:{k}]"), ("the last {k} of", "[{}][-{k}:]"), ("the reversed list of|in reverse order", "[{}][::-1]"),
+    ("the number of different values of|how many values differ in", "len(set({}))"), ("the distinct sorted values of", "sorted(set({}))"),
+)  # fmt: skip
+TEXT = (
+    ("the upper case of|the capitals of", "{}.upper()"), ("the lower case of|the small letters of", "{}.lower()"),
+    ("the reverse of|the mirror image of", "{}[::-1]"), ("the first {k} letters of|the start of length {k} of", "{}[:{k}]"),
+    ("all but the first {k} letters of", "{}[{k}:]"), ("the last {k} letters of|the end of length {k} of", "{}[-{k}:]"),
+    ("every letter at a multiple of {k} of", "{}[::{k}]"), ("{k} copies of", "{} * {k}"), ("the title case of", "{}.title()"),
+    ("what is left without {c} of", '{}.replace("{c}", "")'), ("the text with {c} doubled of", '{}.replace("{c}", "{c}{c}")'),
+    ("the swapped case of", "{}.swapcase()"), ("the letters in order of", '"".join(sorted({}))'),
+)  # fmt: skip
+MEASURE = (
+    ("the length of|the number of letters of", "len({})"), ("how often {c} is in|the count of {c} in", '{}.count("{c}")'),
+    ("the number of different letters of", "len(set({}))"), ("whether {c} starts", '{}.startswith("{c}")'),
+    ("whether {c} ends", '{}.endswith("{c}")'), ("where {c} is in|the position of {c} in", '{}.find("{c}")'),
+    ("the largest letter of", 'max({}, default="")'),
+)  # fmt: skip
+COMBINE = (
+    ("the sum of a and b", "a + b"), ("the product of a and b", "a * b"), ("the difference of a and b", "a - b"),
+    ("the larger of a and b", "max(a, b)"), ("the smaller of a and b", "min(a, b)"), ("the mean of a and b", "(a + b) // 2"),
+    ("the distance of a and b", "abs(a - b)"), ("a plus twice b", "a + 2 * b"), ("the sum of the squares of a and b", "a * a + b * b"),
+)  # fmt: skip
+NUMBER = (
+    ("the square of", "({}) ** 2"), ("{k} times", "{k} * ({})"), ("{k} more than", "{} + {k}"), ("{k} less than", "{} - {k}"),
+    ("the remainder by {k} of", "({}) % {k}"), ("the quotient by {k} of", "({}) // {k}"), ("the number of digits of", "len(str({}))"),
+    ("the text of", "str({})"), ("whether {k} divides", "({}) % {k} == 0"), ("the negative of", "-({})"), ("the list up to", "list(range({}))"),
+)  # fmt: skip
+LETTERS = "aeiotrn"
+WORDS = "tree stone Anna raster Otto sea test Rose aorta street tart Essen noise Tarot seat error".split()
+
+
+def _apply(operation: tuple[str, str], inner_text: str, inner_code: str, rng: random.Random) -> tuple[str, str]:
+    k, c = str(rng.randint(2, 9)), rng.choice(LETTERS)
+    phrase = rng.choice(operation[0].split("|")).replace("{k}", k).replace("{c}", c)
+    code = operation[1].replace("{{}}", "[{}]").replace("{k}", k).replace("{c}", c)
+    return f"{phrase} {inner_text}".strip(), code.replace("{}", inner_code)
+
+
+def _list_program(rng: random.Random) -> tuple[str, str]:
+    noun, condition = _apply(rng.choice(KEEP), "", "", rng) if rng.random() < 0.75 else ("numbers", "")
+    text, each = f"the {noun} in xs", "x"
+    if not condition or rng.random() < 0.75:
+        text, each = _apply(rng.choice(EACH), text, "x", rng)
+    inner = f"{each} for x in xs" + (f" if {condition}" if condition else "")
+    return _apply(rng.choice(WHOLE), text, inner, rng)
+
+
+def _text_program(rng: random.Random) -> tuple[str, str]:
+    text, code = "s", "s"
+    for operation in rng.sample(TEXT, rng.choice([1, 2, 2])):
+        text, code = _apply(operation, text, f"({code})" if "*" in code else code, rng)
+    return _apply(rng.choice(MEASURE), text, f"({code})" if "*" in code else code, rng) if rng.random() < 0.5 else (text, code)
+
+
+def _number_program(rng: random.Random) -> tuple[str, str]:
+    text, code = rng.choice(COMBINE)
+    for operation in rng.sample(NUMBER[:6], rng.choice([0, 1, 1])) + [rng.choice(NUMBER)]:
+        text, code = _apply(operation, text, code, rng)
+    return text, code
+
+
+FAMILIES = {"xs": _list_program, "s": _text_program, "a, b": _number_program}
+
+
+def program(rng: random.Random, params: str) -> Program:
+    """A program over ``xs`` (a list), ``s`` (a text) or ``a, b`` (two numbers), with four calls worked out by running it."""
+    text, code = FAMILIES[params](rng)
+    name = rng.choice(FUNCTIONS)
+    function: Any = eval(f"lambda {params}: {code}")  # built from the tables above, never from a model
+    calls: list[tuple[str, str]] = []
+    for attempt in range(20):
+        if params == "xs":
+            arguments: tuple[Any, ...] = ([rng.randint(-9, 20) for _ in range(rng.randint(3, 5))],)
+        else:
+            arguments = (rng.choice(WORDS),) if params == "s" else (rng.randint(1, 30), rng.randint(1, 20))
+        result = repr(function(*arguments))
+        if len(calls) < 4 and (attempt >= 12 or result not in [r for _, r in calls]):  # equal results test little
+            calls.append((f"{name}({', '.join(repr(a) for a in arguments)})", result))
+    if any(len(result) > 48 for _, result in calls):
+        return program(rng, params)
+    return Program(name, params, code, text, tuple(calls))
