@@ -1,0 +1,278 @@
+"""The pipeline: notebooks in order through papermill, then the book. Snakemake decides what runs; this does it.
+
+``python -m semalign.pipeline run PROFILE`` is what ``make book`` calls.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import nbformat
+
+from semalign.profiles import ProfileError, load_profile, parameters
+
+ROOT = Path(__file__).resolve().parent.parent
+
+ORDER: dict[str, tuple[str, ...]] = {
+    "00_models_and_data": (),
+    "01_semantics": ("00_models_and_data",),
+    "02_importance": ("00_models_and_data",),
+    "03_pairing": ("02_importance",),
+    "04_alignment": ("03_pairing",),
+    "90_cost": (),
+}
+"""Every notebook, and the notebooks whose artefacts it reads."""
+
+_LOCKS: list[Any] = []  # open lock files: closing one would release it
+
+
+class NotebookFailed(RuntimeError):
+    """A notebook stopped with an error; the message names the notebook, the cell and the error."""
+
+
+def sources(notebook: nbformat.NotebookNode) -> list[tuple[str, str, list[str]]]:
+    """What a notebook says and does, without outputs and execution counts: (type, source, tags) of each cell."""
+    return [(c.cell_type, c.source, sorted(c.metadata.get("tags", []))) for c in notebook.cells]
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _files(paths: Iterable[Path]) -> list[tuple[str, str]]:
+    return [(p.relative_to(ROOT).as_posix(), hashlib.sha256(p.read_bytes()).hexdigest()) for p in sorted(paths)]
+
+
+def _code() -> list[tuple[str, str]]:
+    """Everything in ``semalign`` that is read at run time, and the lock file."""
+    kept = {".py", ".yaml", ".json", ".safetensors"}
+    tree = [p for p in (ROOT / "semalign").rglob("*") if p.suffix in kept and "__pycache__" not in p.parts]
+    return _files([*tree, ROOT / "requirements.lock"])
+
+
+def digests(profile: str) -> dict[str, str]:
+    """One hash a notebook over all that determines its result: source, parameters, code, and what it reads.
+
+    Raises:
+        ProfileError: the profile is unknown or malformed.
+    """
+    shared = _digest(_code(), parameters(load_profile(profile)))
+    found: dict[str, str] = {}
+    for name, before in ORDER.items():
+        notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+        found[name] = _digest(shared, sources(notebook), [found[b] for b in before])
+    return found
+
+
+def book_sources() -> list[str]:
+    """The prose, configuration and static files of the book, relative to the repository."""
+    kept = [p for p in (ROOT / "book").rglob("*") if p.is_file() and "_build" not in p.parts]
+    return [p.relative_to(ROOT).as_posix() for p in [*sorted(kept), ROOT / "_config.yml", ROOT / "_toc.yml"]]
+
+
+def book_digest(profile: str) -> str:
+    """The hash of all that determines the built book."""
+    return _digest(digests(profile), _files(ROOT / p for p in book_sources()))
+
+
+def lock(results: str) -> None:
+    """Refuse a second run over the same results while one is alive. The lock ends with its process, however it ends.
+
+    Raises:
+        RuntimeError: another process holds it.
+    """
+    import fcntl
+
+    Path(results).mkdir(parents=True, exist_ok=True)
+    handle = open(Path(results) / ".lock", "w")  # noqa: SIM115 - held open on purpose
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.close()
+        raise RuntimeError(f"another run is writing to {results}; wait for it to end, or stop it") from None
+    _LOCKS.append(handle)
+
+
+def _watch(pids: list[int]) -> None:
+    """Stop this process, and with it its kernel, once one of ``pids`` is gone (a killed make leaves nothing behind)."""
+
+    def loop() -> None:
+        while True:
+            for pid in pids:
+                try:
+                    os.kill(pid, 0)
+                except ProcessLookupError:
+                    os._exit(1)
+                except PermissionError:
+                    pass
+            time.sleep(0.5)
+
+    threading.Thread(target=loop, daemon=True).start()
+
+
+def _section(cells: list[nbformat.NotebookNode], index: int) -> str:
+    """The heading that a cell stands under, for the progress lines."""
+    above = "\n".join(c.source for c in cells[:index] if c.cell_type == "markdown").splitlines()
+    return next((line.lstrip("# ") for line in reversed(above) if line.startswith("#")), "")
+
+
+def run_notebook(name: str, profile: str, results: Path) -> Path:
+    """Execute one notebook with the profile's values for the parameters that it declares.
+
+    The executed copy goes to ``results/notebooks``; where a cell fails, the copy up to and with the traceback.
+
+    Raises:
+        NotebookFailed: a cell raised, or the notebook left no metrics file.
+    """
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+    from traitlets.config import Config
+
+    source, target = ROOT / "notebooks" / f"{name}.ipynb", results / "notebooks" / f"{name}.ipynb"
+    metrics = results / "metrics" / f"{name}.json"
+    for folder in (target.parent, metrics.parent, results / "artefacts"):
+        folder.mkdir(parents=True, exist_ok=True)
+    metrics.unlink(missing_ok=True)
+    declared = set(papermill.inspect_notebook(str(source)))
+    given = {k: v for k, v in parameters(load_profile(profile)).items() if k in declared}
+    given["results"] = os.path.relpath(results, ROOT / "notebooks")
+    given["profile"] = profile
+    started = time.monotonic()
+
+    class Progress(papermill.engines.NBClientEngine):
+        @classmethod
+        def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **kwargs: Any) -> None:
+            begin, cells = nb_man.cell_start, nb_man.nb.cells
+
+            def announce(cell: Any, cell_index: int = 0, **kw: Any) -> None:
+                if cell.cell_type == "code":
+                    at = f"{time.monotonic() - started:6.1f} s  cell {cell_index + 1}/{len(cells)}"
+                    print(f"[{name}] {at}  {_section(cells, cell_index)}", flush=True)
+                begin(cell, cell_index, **kw)
+
+            nb_man.cell_start = announce
+            local = Config({"KernelManager": {"transport": "ipc"}})  # no ports, so no race for them between notebooks
+            quiet = ["--IPKernelApp.log_level=50"]  # the kernel reports its own shutdown as an error
+            super().execute_managed_notebook(nb_man, kernel_name, config=local, extra_arguments=quiet, **kwargs)
+
+    papermill.engines.papermill_engines.register("progress", Progress)
+    try:
+        papermill.execute_notebook(
+            str(source), str(target), parameters=given, engine_name="progress", kernel_name="python3",
+            cwd=str(ROOT / "notebooks"), progress_bar=False, log_output=False,
+        )  # fmt: skip
+    except PapermillExecutionError as error:
+        raise NotebookFailed(
+            f"notebook {name} failed in cell {error.cell_index}: {error.ename}: {error.evalue}\n"
+            f"the cell:\n{error.source}\nthe executed part, with the traceback: {target}"
+        ) from None
+    if not metrics.exists():
+        raise NotebookFailed(f"notebook {name} ran to its end but saved no metrics to {metrics}")
+    print(f"[{name}] {time.monotonic() - started:6.1f} s  done", flush=True)
+    return target
+
+
+def _made(name: str, notebook: nbformat.NotebookNode, results: Path) -> str:
+    """The block under a notebook that says how it was made."""
+    from semalign.report import load_metrics, provenance_table
+
+    _, provenance = load_metrics(results / "metrics" / f"{name}.json")
+    seconds = notebook.metadata.papermill.duration
+    return f"## How this page was made\n\n{provenance_table({**provenance, 'wall_s': seconds})}\n"
+
+
+def stage_book(profile: str, results: Path) -> Path:
+    """Lay the prose, the executed notebooks and the configuration side by side, as the book's source folder.
+
+    Pages keep their paths in the repository, which the launch buttons need.
+    """
+    stage = results / "book"
+    shutil.rmtree(stage, ignore_errors=True)
+    for path in book_sources():
+        (stage / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, stage / path)
+    (stage / "notebooks").mkdir()
+    for name in ORDER:
+        notebook = nbformat.read(results / "notebooks" / f"{name}.ipynb", as_version=4)
+        for cell in notebook.cells:
+            if "injected-parameters" in cell.metadata.get("tags", []):
+                cell.metadata.tags.append("hide-input")
+        notebook.cells.append(nbformat.v4.new_markdown_cell(_made(name, notebook, results)))
+        nbformat.write(notebook, stage / "notebooks" / f"{name}.ipynb")
+    return stage
+
+
+def build_book(profile: str, results: Path) -> Path:
+    """Build the staged book with warnings as errors; returns the path of its ``index.html``.
+
+    Raises:
+        RuntimeError: Sphinx warned or failed; its output has been printed.
+    """
+    stage = stage_book(profile, results)
+    command = [sys.executable, "-m", "jupyter_book.cli.main", "build", str(stage), "-W", "-n", "--keep-going", "-q"]
+    done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    index = stage / "_build" / "html" / "index.html"
+    if done.returncode or not index.exists():
+        print(done.stdout)
+        index.unlink(missing_ok=True)
+        raise RuntimeError("the book did not build; the warnings above are errors")
+    return index
+
+
+def run(profile: str, cores: str, until: str) -> int:
+    """Call Snakemake for one profile and print where the book is."""
+    load_profile(profile)
+    command = [
+        sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--directory", str(ROOT),
+        "--cores", cores, "--resources", "gpu=1", "--nolock", "--rerun-incomplete",
+        "--rerun-triggers", "params", "input", "--quiet", "rules", "progress", "host", "reason", "--config", f"profile={profile}", "--", until,
+    ]  # fmt: skip
+    code = subprocess.run(command).returncode
+    if code == 0 and until == "book":
+        print(f"the book: {ROOT / 'results' / profile / 'book' / '_build' / 'html' / 'index.html'}")
+    return code
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line: ``run PROFILE``; and, for the Snakefile, ``notebook NAME PROFILE`` and ``book PROFILE``."""
+    parser = argparse.ArgumentParser(prog="python -m semalign.pipeline", description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    whole = verbs.add_parser("run", help="run a profile's notebooks and build its book")
+    whole.add_argument("profile")
+    whole.add_argument("--cores", default="all")
+    whole.add_argument("--until", default="book", choices=["book", "notebooks"])
+    one = verbs.add_parser("notebook", help="run one notebook")
+    one.add_argument("name", choices=list(ORDER))
+    one.add_argument("profile")
+    one.add_argument("--results", type=Path, required=True)
+    book = verbs.add_parser("book", help="build the book from executed notebooks")
+    book.add_argument("profile")
+    book.add_argument("--results", type=Path, required=True)
+    given = parser.parse_args(argv)
+    _watch([int(os.environ[k]) for k in ("SEMALIGN_MAKE_PID", "SEMALIGN_PIPELINE_PID") if os.environ.get(k)])
+    try:
+        if given.verb == "run":
+            return run(given.profile, given.cores, given.until)
+        if given.verb == "notebook":
+            run_notebook(given.name, given.profile, given.results.resolve())
+        else:
+            build_book(given.profile, given.results.resolve())
+    except (ProfileError, NotebookFailed, RuntimeError) as error:
+        print(f"semalign: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""The pipeline: what decides a rerun, one scenario from a failing notebook to the built book, and bad input."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from semalign import pipeline
+from semalign.report import load_metrics
+
+ROOT = pipeline.ROOT
+LEFT_OUT = shutil.ignore_patterns(
+    ".venv", "results", ".git", ".snakemake", "__pycache__", ".*_cache", "*.egg-info", "build", "weights"
+)
+
+
+def command(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "semalign.pipeline", *words],
+        cwd=root, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The working tree without its results, so that notebooks can be broken."""
+    root = tmp_path_factory.mktemp("repository") / "copy"
+    shutil.copytree(ROOT, root, ignore=LEFT_OUT)
+    if (ROOT / "semalign/classroom/weights").exists():
+        (root / "semalign/classroom/weights").symlink_to(ROOT / "semalign/classroom/weights")
+    return root
+
+
+def edit(path: Path, cell: int, source: str) -> str:
+    notebook = nbformat.read(path, as_version=4)
+    before = notebook.cells[cell].source
+    notebook.cells[cell].source = source
+    nbformat.write(notebook, path)
+    return before
+
+
+def times(root: Path) -> dict[str, int]:
+    return {p.stem: p.stat().st_mtime_ns for p in (root / "results/smoke/metrics").glob("*.json")}
+
+
+def test_smoke_profile_from_a_failing_notebook_to_the_book(copy: Path) -> None:
+    """A failing notebook names itself and keeps its traceback; the next call resumes there; a third runs nothing."""
+    broken = copy / "notebooks/03_pairing.ipynb"
+    at = next(i for i, c in reversed(list(enumerate(nbformat.read(broken, 4).cells))) if c.cell_type == "code")
+    source = edit(broken, at, "raise ArithmeticError('the planted error')")
+    failed = command(copy, "run", "smoke", "--cores", "1")
+    assert failed.returncode != 0
+    said = f"notebook 03_pairing failed in cell {at + 1}: ArithmeticError: the planted error"  # one injected cell before
+    assert said in failed.stdout.replace(f"cell {at}:", f"cell {at + 1}:"), failed.stdout
+    kept = (copy / "results/smoke/notebooks/03_pairing.ipynb").read_text()
+    assert "ArithmeticError" in kept and "Traceback" in kept
+    first = times(copy)
+    assert set(first) == {"00_models_and_data", "01_semantics", "02_importance"} or set(first) == set(pipeline.ORDER) - {
+        "03_pairing",
+        *(n for n, before in pipeline.ORDER.items() if "03_pairing" in before),
+    }
+
+    edit(broken, at, source)
+    whole = command(copy, "run", "smoke", "--cores", "1")
+    assert whole.returncode == 0, whole.stdout
+    second = times(copy)
+    assert set(second) == set(pipeline.ORDER)
+    assert {n: second[n] for n in first} == first, "a finished notebook was run again"
+    index = copy / "results/smoke/book/_build/html/index.html"
+    assert str(index) in whole.stdout and index.exists()
+
+    idle = command(copy, "run", "smoke", "--cores", "1")
+    assert idle.returncode == 0 and times(copy) == second
+    assert "cell 1/" not in idle.stdout
+
+
+def test_every_page_says_how_it_was_made(copy: Path) -> None:
+    html = copy / "results/smoke/book/_build/html"
+    if not html.exists():
+        pytest.fail("the scenario test above builds the book")
+    for name in pipeline.ORDER:
+        page = (html / "notebooks" / f"{name}.html").read_text()
+        assert "How this page was made" in page
+        for word in ("commit", "profile", "seeds", "torch", "smoke"):
+            assert word in page.lower(), f"{name} does not say its {word}"
+        _, provenance = load_metrics(copy / "results/smoke/metrics" / f"{name}.json")
+        assert provenance["profile"] == "smoke"
+
+
+def test_digest_ignores_outputs_and_follows_sources(copy: Path) -> None:
+    path = copy / "notebooks/02_importance.ipynb"
+
+    def digests() -> dict[str, str]:
+        code = "import json; from semalign import pipeline; print(json.dumps(pipeline.digests('smoke')))"
+        out = subprocess.run(
+            [sys.executable, "-c", code], cwd=copy, env={**os.environ, "PYTHONPATH": str(copy)}, text=True,
+            capture_output=True, check=True,
+        ).stdout  # fmt: skip
+        return dict(__import__("json").loads(out))
+
+    clean = digests()
+    notebook = nbformat.read(path, as_version=4)
+    cell = next(c for c in notebook.cells if c.cell_type == "code")
+    cell.execution_count, cell.outputs = 7, [nbformat.v4.new_output("stream", text="seen")]
+    nbformat.write(notebook, path)
+    assert digests() == clean
+    cell.source += "\n# another thought"
+    nbformat.write(notebook, path)
+    changed = {n for n, d in digests().items() if d != clean[n]}
+    assert changed == {"02_importance", *_after("02_importance")}
+
+
+def _after(name: str) -> set[str]:
+    direct = {n for n, before in pipeline.ORDER.items() if name in before}
+    return direct.union(*(_after(n) for n in direct)) if direct else set()
+
+
+def test_an_unknown_profile_is_one_sentence_and_leaves_nothing(copy: Path) -> None:
+    done = command(copy, "run", "clasroom")
+    assert done.returncode == 1
+    assert "clasroom" in done.stdout and "classroom" in done.stdout and "Traceback" not in done.stdout
+    assert len(done.stdout.strip().splitlines()) == 1
+    assert not (copy / "results/clasroom").exists()
+
+
+def test_a_second_run_over_the_same_results_is_refused(tmp_path: Path) -> None:
+    pipeline.lock(str(tmp_path))
+    code = f"from semalign import pipeline; pipeline.lock({str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode != 0 and f"another run is writing to {tmp_path}" in done.stderr
+
+
+def test_a_killed_make_takes_the_notebook_with_it(tmp_path: Path) -> None:
+    """The process that runs a notebook ends within two seconds once the watched process is gone."""
+    sleeper = subprocess.Popen(["sleep", "60"])
+    code = f"import time; from semalign import pipeline; pipeline._watch([{sleeper.pid}]); time.sleep(30)"
+    watched = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    try:
+        sleeper.kill()
+        sleeper.wait()
+        assert watched.wait(timeout=15) == 1
+    finally:
+        watched.kill()
