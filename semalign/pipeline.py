@@ -148,6 +148,8 @@ def run_notebook(name: str, profile: str, results: Path) -> Path:
     given = {k: v for k, v in parameters(load_profile(profile)).items() if k in declared}
     given["results"] = os.path.relpath(results, ROOT / "notebooks")
     given["profile"] = profile
+    # A kernel of papermill has no widgets, and says so on the page of every notebook that imports tqdm.
+    os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"
     started = time.monotonic()
 
     class Progress(papermill.engines.NBClientEngine):
@@ -202,12 +204,13 @@ def stage_book(profile: str, results: Path) -> Path:
     for path in book_sources():
         (stage / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / path, stage / path)
+    shutil.copy(results / "artefacts" / "main_figure.svg", stage / "book")
     (stage / "notebooks").mkdir()
     for name in ORDER:
         notebook = nbformat.read(results / "notebooks" / f"{name}.ipynb", as_version=4)
         for cell in notebook.cells:
-            if "injected-parameters" in cell.metadata.get("tags", []):
-                cell.metadata.tags.append("hide-input")
+            if cell.cell_type == "code":  # folded on the page: the story is in the text and the figures
+                cell.metadata.tags = [*cell.metadata.get("tags", []), "hide-input"]
         notebook.cells.append(nbformat.v4.new_markdown_cell(_made(name, notebook, results)))
         nbformat.write(notebook, stage / "notebooks" / f"{name}.ipynb")
     return stage
@@ -220,7 +223,8 @@ def build_book(profile: str, results: Path) -> Path:
         RuntimeError: Sphinx warned or failed; its output has been printed.
     """
     stage = stage_book(profile, results)
-    command = [sys.executable, "-m", "jupyter_book.cli.main", "build", str(stage), "-W", "-n", "--keep-going", "-q"]
+    jupyter_book = Path(sys.executable).with_name("jupyter-book")
+    command = [jupyter_book, "build", str(stage), "-W", "-n", "--keep-going", "-q"]
     done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     index = stage / "_build" / "html" / "index.html"
     if done.returncode or not index.exists():

@@ -88,8 +88,9 @@ def use_style() -> None:
     from matplotlib_inline.backend_inline import set_matplotlib_formats
 
     # Without a salt the ids inside an svg differ from run to run.
-    shape = {"figure.figsize": (7, 4), "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "semalign"}
-    seaborn.set_theme(context="notebook", style="whitegrid", palette="colorblind", rc=shape)
+    fixed = {"figure.constrained_layout.use": True, "svg.hashsalt": "semalign"}
+    shape = {"figure.figsize": (7, 4), "axes.spines.top": False, "axes.spines.right": False}
+    seaborn.set_theme(context="notebook", style="whitegrid", palette="colorblind", rc={**shape, **fixed})
     set_matplotlib_formats("svg")
 
 
