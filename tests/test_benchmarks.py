@@ -31,7 +31,8 @@ GSM8K = [
 ]
 HUMANEVAL = [
     {"task_id": f"T/{i}", "prompt": f'import math\n\ndef add{i}(a):\n    """Add {i}."""\n', "entry_point": f"add{i}",
-     "canonical_solution": f"    return a + {i}\n", "test": f"def check(candidate):\n    assert candidate(1) == {i + 1}\n"}
+     "canonical_solution": f"    return a + {i}\n",
+     "test": f"def check(candidate):\n    assert candidate(1) == {i + 1}\n"}
     for i in range(4)
 ]  # fmt: skip
 MBPP = [

@@ -19,7 +19,7 @@ NUMBERS = [
     ("the answer is: -5", "-5", "-5"),
     ("The answer is −5 degrees", "-5", "-5"),
     ("THE ANSWER IS **42**", "42", "42"),
-    ("Answer: 12 apples, so the answer is 12 apples.", "12", "12"),
+    ("Answer: 5 and 7 make 12 apples, so the answer is 12 apples.", "12", "12"),
     ("The answer is -$3", "-3", "-3"),
     ("The answer is 20%. That leaves 80%.", "20", "80"),
     ("So the answer is 3. Question: what is 5-3?", "3", "3"),

@@ -20,7 +20,7 @@ from semalign.benchmarks.data import (
     sample,
     task_data,
 )
-from semalign.benchmarks.prompts import mmlu_user, wrap
+from semalign.benchmarks.prompts import user_turn, wrap
 from semalign.supervision import Example, TaskData
 
 HEADER = ["question", "choice0", "choice1", "choice2", "choice3", "answer"]
@@ -97,7 +97,7 @@ def test_the_hub_failing_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> Non
     import datasets
 
     def fail(*args: Any, **options: Any) -> None:
-        assert args[0] == "openai/gsm8k" and options["split"] == "test" and options["revision"]
+        assert args[0] == "openai/gsm8k" and options["split"] == "test" and len(options["revision"]) == 40
         raise ConnectionError("no route")
 
     monkeypatch.delenv("SEMALIGN_DATA", raising=False)
@@ -219,4 +219,4 @@ def test_contamination_finds_copies_and_not_boilerplate() -> None:
 
 def test_what_is_compared_is_the_question() -> None:
     doc = {"subject": "law", "question": "Who?", "choices": ["a", "b", "c", "d"]}
-    assert question(wrap(mmlu_user(doc))) == "Who?"
+    assert question(wrap(user_turn("mmlu", doc))) == "Who?"

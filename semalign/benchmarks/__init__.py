@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from semalign.benchmarks import answers, sandbox
 from semalign.benchmarks.data import TASKS, DataError, Row, load_items, overlap, sample, task_data
@@ -115,7 +115,8 @@ def _check(
             raise sandbox.SandboxError(
                 f"{task} runs programs that a model wrote: set allow_code_execution: true in the profile to allow it"
             )
-        sandbox.require_level(isolation)
+        level = sandbox.require_level(isolation)
+        logging.getLogger(__name__).info("programs run at the level %s (%s)", level, sandbox.active_tool() or "no tool")
 
 
 @contextlib.contextmanager
@@ -132,10 +133,12 @@ def _quiet() -> Iterator[None]:
 
 
 def _backend(model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Any:
-    if not isinstance(model, PreTrainedModel):
-        return model
+    from lm_eval.api.model import LM
+
     from semalign.benchmarks.engine import SharedPrefixLM
 
+    if isinstance(model, LM):
+        return model
     return SharedPrefixLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
 
 
@@ -148,7 +151,7 @@ def _ask(
 
     name = f"semalign_{task}_{protocol}"
     folder = Path(__file__).parent / "tasks"
-    manager = TaskManager(include_path=str(folder), include_defaults=False, metadata={"items": items})
+    manager = TaskManager(include_path=str(folder), include_defaults=False, metadata={"task": task, "items": items})
     loaded = manager.load([name])
     definition: Any = loaded["tasks"][name]
     if definition.OUTPUT_TYPE == "generate_until":
@@ -177,7 +180,9 @@ def _record(lm: Any, item: Row, asked: dict[str, Any], task: str, protocol: str)
         record["correct"] = float(not record["too_long"] and record["prediction"] == item["answer"])
         return record
     responses = list(asked["resps"][0])
-    record |= {"responses": responses, "too_long": tokens + 16 > lm.max_length, "correct": 0.0}
+    # other backends than ours cut a prompt where it leaves no room for the longest answer
+    room = getattr(lm, "room", asked["arguments"][0][1]["max_gen_toks"])
+    record |= {"responses": responses, "too_long": tokens + room > lm.max_length, "correct": 0.0}
     if task == "gsm8k":
         gold = answers.gsm8k_gold(item["answer"])
         read = {"strict": answers.strict_number(responses[0]), "flexible": answers.flexible_number(responses[0])}

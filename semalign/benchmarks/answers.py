@@ -11,7 +11,7 @@ from typing import Any
 NUMBER = re.compile(
     r"(?:(?<![\w).%])[-−])?(?:[$€£]\s?[-−]?)?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
 )
-_STRICT = re.compile(rf"(?:####|answer\s+is:?|answer:)\s*[*_`\"(]*({NUMBER.pattern})", re.IGNORECASE)
+_STRICT = re.compile(rf"(?:####|answer\s+is:?)\s*[*_`\"(]*({NUMBER.pattern})", re.IGNORECASE)
 
 
 def number(text: str) -> Decimal | None:

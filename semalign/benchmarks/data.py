@@ -19,19 +19,19 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from semalign.benchmarks import prompts
 from semalign.benchmarks.answers import gsm8k_gold
+from semalign.benchmarks.prompts import LETTERS, PREFIX, prompts, user_turn, wrap
 from semalign.supervision import Example, TaskData
 
 TASKS = ("mmlu", "gsm8k", "humaneval", "mbpp")
 SIZES = {"extract": 20, "align": 80, "train": 1000}
 MBPP_SIZES = {"extract": 32, "align": 40, "train": 300}
 HUB = {
-    "mmlu": ("cais/mmlu", "all"),
-    "gsm8k": ("openai/gsm8k", "main"),
-    "mbpp": ("google-research-datasets/mbpp", "full"),
+    "mmlu": ("cais/mmlu", "all", "c30699e8356da336a370243923dbaf21066bb9fe"),
+    "gsm8k": ("openai/gsm8k", "main", "740312add88f781978c0658806c59bc2815b9866"),
+    "mbpp": ("google-research-datasets/mbpp", "full", "4bb6404fdc6cacfda99d4ac4205087b89d32030c"),
 }
-REVISION = "main"  # no commit could be looked up where this was written: fix one before publishing numbers
+"""Where the hub has them: dataset, configuration, revision."""
 MBPP_SPLITS = {"prompt": (1, 10), "test": (11, 510), "validation": (511, 600), "train": (601, 974)}
 FIELDS = {
     "mmlu": ("question", "choices", "answer"),
@@ -130,11 +130,11 @@ def task_data(task: str, source: str | Path | None = None, seed: int = 0) -> Tas
 
 def _example(task: str, row: Row) -> Example:
     answer = {
-        "mmlu": lambda: f" {prompts.LETTERS[row['answer']]}",
+        "mmlu": lambda: f" {LETTERS[row['answer']]}",
         "gsm8k": lambda: f" {_one_line(row['answer'])} So the answer is {gsm8k_gold(row['answer'])}.",
         "mbpp": lambda: row["code"],
     }[task]()
-    return Example(prompts.wrap(prompts.USER[task](row)), prompts.PREFIX[task] + answer)
+    return Example(wrap(user_turn(task, row)), PREFIX[task] + answer)
 
 
 def _one_line(answer: str) -> str:
@@ -166,7 +166,7 @@ def contamination(
 def overlap(data: TaskData, items: Sequence[Row]) -> list[tuple[int, int, float]]:
     """:func:`contamination` of what ``data`` lets a model learn from (train, align, extract) with test ``items``."""
     learned = [question(example.prompt) for example in (*data.train, *data.align, *data.extract)]
-    return contamination(learned, [question(prompts.wrap(prompts.USER[data.name](row))) for row in items])
+    return contamination(learned, [question(wrap(user_turn(data.name, row))) for row in items])
 
 
 def question(prompt: str) -> str:
@@ -180,11 +180,11 @@ def _grams(text: str, n: int) -> set[tuple[str, ...]]:
     return {tuple(words[i : i + n]) for i in range(max(1, len(words) - n + 1))} if words else set()
 
 
-def as_datasets(items: list[Row], **_: Any) -> dict[str, Any]:
-    """What lm-evaluation-harness's ``custom_dataset`` calls: the given items as the test split."""
+def as_datasets(task: str, items: list[Row], **_: Any) -> dict[str, Any]:
+    """What lm-evaluation-harness's ``custom_dataset`` calls: the items and their prompts as the test split."""
     from datasets import Dataset
 
-    return {"test": Dataset.from_list(items)}
+    return {"test": Dataset.from_list([row | prompts(task, row) for row in items])}
 
 
 def read_jsonl(path: Path) -> list[Row]:
@@ -214,9 +214,9 @@ def read_jsonl(path: Path) -> list[Row]:
 def _from_hub(task: str, split: str) -> list[Row]:
     from datasets import load_dataset
 
-    name, config = HUB[task]
+    name, config, revision = HUB[task]
     try:
-        return [dict(row) for row in load_dataset(name, config, split=split, revision=REVISION)]
+        return [dict(row) for row in load_dataset(name, config, split=split, revision=revision)]
     except Exception as error:  # the hub raises whatever its transport does
         raise DataError(
             f"{name} ({split}) could not be had from the hub ({type(error).__name__}: {error}); name a folder with the "
@@ -256,7 +256,7 @@ def _read_mmlu(folder: Path, split: str) -> list[Row]:
                 rows.append({
                     "id": f"{subject}_{reader.line_num}", "subject": subject, "question": record["question"],
                     "choices": [record[f"choice{i}"] for i in range(4)],
-                    "answer": int(answer) if answer.isdigit() else prompts.LETTERS.index(answer),
+                    "answer": int(answer) if answer.isdigit() else LETTERS.index(answer),
                 })  # fmt: skip
     if not rows:
         raise DataError(f"{folder} has no csv file with a question; check SEMALIGN_DATA")
@@ -270,5 +270,5 @@ def _chat_examples(path: Path) -> list[Example]:
             user, assistant = (message["content"] for message in row["messages"])
         except (KeyError, TypeError, ValueError):
             raise DataError(f"{path}: example {number} needs messages with one user and one assistant turn") from None
-        examples.append(Example(prompts.wrap(user), assistant))
+        examples.append(Example(wrap(user), assistant))
     return examples

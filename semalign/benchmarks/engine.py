@@ -16,12 +16,13 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, postprocess_generated_text
 from torch import Tensor
 
-ROOM = 16  # tokens that an answer needs at least
 NOT_ASKED = -1e30  # log-probability where the request does not fit
 
 
 class SharedPrefixLM(HFLM):
     """A model held in memory; ``batch_size`` counts sequences."""
+
+    room = 16  # tokens that an answer needs at least
 
     def _pad(self, rows: Sequence[Sequence[int]], side: str) -> tuple[Tensor, Tensor]:
         """Rows of token ids as (B, T) with their mask (B, T)."""
@@ -76,7 +77,7 @@ class SharedPrefixLM(HFLM):
         """One text for each request, all with the same generation arguments, cut before the first stop string."""
         texts = [""] * len(requests)
         ids = [self.tok_encode(request.args[0]) for request in requests]
-        fitting = [i for i in range(len(ids)) if len(ids[i]) + ROOM <= self.max_length]
+        fitting = [i for i in range(len(ids)) if len(ids[i]) + self.room <= self.max_length]
         order = sorted(fitting, key=lambda i: (-len(ids[i]), ids[i]))
         for start in range(0, len(order), int(self.batch_size)):
             rows = order[start : start + int(self.batch_size)]

@@ -3,7 +3,8 @@
 ``paper``: LaTen's chat wrapper and the user turns of its training data, which are Open-Instruct's (arXiv 2306.04751),
 and the beginning of the answer. For HumanEval this opens a code block and leaves the whole function to the model; with
 Open-Instruct's bare opening and Codex's stop strings a chat model is stopped at its first ``def``.
-``chat``: the same turns in the tokenizer's own chat template. ``harness``: lm-evaluation-harness's prompts.
+``chat``: the same turns in the tokenizer's own chat template. ``harness``: lm-evaluation-harness's prompts, which are
+written out in ``tasks/``, as are all stop strings.
 """
 
 from __future__ import annotations
@@ -11,10 +12,9 @@ from __future__ import annotations
 from typing import Any
 
 LETTERS = "ABCD"
-MMLU = "The answer is:"
-GSM8K = "Answer:"
 CODE = "Here is the completed function:\n\n\n```python\n"
-PREFIX = {"mmlu": MMLU, "gsm8k": GSM8K, "humaneval": CODE, "mbpp": CODE}
+PREFIX = {"mmlu": "The answer is:", "gsm8k": "Answer:", "humaneval": CODE, "mbpp": CODE}
+"""How the answer begins: the model goes on from here."""
 
 
 def wrap(user: str) -> str:
@@ -22,68 +22,22 @@ def wrap(user: str) -> str:
     return f"<|user|>\n{user}\n\n<|assistant|>\n"
 
 
-def mmlu_user(doc: dict[str, Any]) -> str:
-    """Topic, question and lettered choices."""
-    lines = [doc["question"].strip(), *(f"{a}. {c}" for a, c in zip(LETTERS, doc["choices"], strict=True)), "Answer:"]
-    return _about(doc) + "\n".join(lines)
+def user_turn(task: str, row: dict[str, Any], *, cloze: bool = False) -> str:
+    """The question as the user asks it; ``cloze`` leaves MMLU's choices out."""
+    if task == "mmlu":
+        about = f"The following are multiple choice questions (with answers) about {row['subject'].replace('_', ' ')}."
+        choices = "" if cloze else "".join(f"\n{a}. {c}" for a, c in zip(LETTERS, row["choices"], strict=True))
+        return f"{about}\n\n{row['question'].strip()}{choices}\nAnswer:"
+    if task == "gsm8k":
+        return f"Answer the following question.\n\nQuestion: {row['question'].strip()}"
+    # MBPP shows the reference solution up to its first colon, which is the signature
+    shown = row["prompt"] if task == "humaneval" else f"{row['text']}\n{row['code'].split(':')[0]}"
+    return f"Complete the following python function.\n\n\n{shown}"
 
 
-def mmlu_cloze_user(doc: dict[str, Any]) -> str:
-    """Topic and question without the choices."""
-    return f"{_about(doc)}{doc['question'].strip()}\nAnswer:"
-
-
-def _about(doc: dict[str, Any]) -> str:
-    return f"The following are multiple choice questions (with answers) about {doc['subject'].replace('_', ' ')}.\n\n"
-
-
-def gsm8k_user(doc: dict[str, Any]) -> str:
-    """The word problem."""
-    return f"Answer the following question.\n\nQuestion: {doc['question'].strip()}"
-
-
-def humaneval_user(doc: dict[str, Any]) -> str:
-    """Signature and docstring."""
-    return f"Complete the following python function.\n\n\n{doc['prompt']}"
-
-
-def mbpp_user(doc: dict[str, Any]) -> str:
-    """The sentence, and the reference solution up to its first colon."""
-    return f"Complete the following python function.\n\n\n{doc['text']}\n{doc['code'].split(':')[0]}"
-
-
-USER = {"mmlu": mmlu_user, "gsm8k": gsm8k_user, "humaneval": humaneval_user, "mbpp": mbpp_user}
-
-
-def mmlu_paper(doc: dict[str, Any]) -> str:
-    """MMLU by letters."""
-    return wrap(mmlu_user(doc)) + MMLU
-
-
-def mmlu_paper_cloze(doc: dict[str, Any]) -> str:
-    """MMLU by the likelihood of each choice's text."""
-    return wrap(mmlu_cloze_user(doc)) + MMLU
-
-
-def gsm8k_paper(doc: dict[str, Any]) -> str:
-    """GSM8K."""
-    return wrap(gsm8k_user(doc)) + GSM8K
-
-
-def humaneval_paper(doc: dict[str, Any]) -> str:
-    """HumanEval."""
-    return wrap(humaneval_user(doc)) + CODE
-
-
-def mbpp_paper(doc: dict[str, Any]) -> str:
-    """MBPP."""
-    return wrap(mbpp_user(doc)) + CODE
-
-
-def mbpp_harness(doc: dict[str, Any]) -> str:
-    """MBPP with its first three tests in view."""
-    tests = "\n".join(doc["test_list"][:3])
-    return (
-        f"You are an expert Python programmer, and here is your task: {doc['text']} "
-        f"Your code should pass these tests:\n\n{tests}\n[BEGIN]\n"
-    )
+def prompts(task: str, row: dict[str, Any]) -> dict[str, str]:
+    """The columns that the task definitions name: ``user``, ``paper`` and ``paper_cloze``."""
+    asked = {"user": user_turn(task, row)}
+    for name, cloze in (("paper", False), ("paper_cloze", True)):
+        asked[name] = wrap(user_turn(task, row, cloze=cloze)) + PREFIX[task]
+    return asked

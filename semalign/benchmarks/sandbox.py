@@ -39,6 +39,7 @@ FILE_BYTES = 16 << 20
 FOLDER_BYTES = 64 << 20
 PROCESSES = 8
 START_S = 20.0
+NOT_STARTED = "the sandbox did not start"
 _UID = 1_000_000  # root's programs run as users of their own from here on: the process limit exempts root
 _FLAGS = ("-s", "-S", "-P", "-B", "-X", "utf8", "-c")
 _ENV = {"PYTHONHASHSEED": "0"}  # sets are ordered alike in every run, so a verdict does not change
@@ -60,13 +61,16 @@ def run(fd, uid, strict, roots):
             size -= len(parts[-1])
         return b"".join(parts)
 
+    _thread.start_new_thread(int, ())  # from its first thread on, a process enters system calls by another path
+    while threads():
+        sleep(0.0001)
     if uid:
         posix.setgroups([]); posix.setresgid(uid, uid, uid); posix.setresuid(uid, uid, uid)
     token = take(16)
     for pair in take(int.from_bytes(take(8), "big")).split(b","):
         what, value = map(int, pair.split(b":"))
         hard = resource.getrlimit(what)[1]
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        value = value if hard == -1 else hard if value == -1 else min(value, hard)
         resource.setrlimit(what, (value, value))
     source = take(int.from_bytes(take(8), "big")).decode("utf-8", "surrogatepass")
     events = frozenset(('os.fork', 'os.forkpty', 'os.exec', 'os.posix_spawn', 'os.spawn', 'os.system', 'os.kill',
@@ -88,7 +92,7 @@ def run(fd, uid, strict, roots):
         if not strict:
             return False
         if event == 'open':
-            return not (inside(args[0]) and args[2] & 3 == 0)
+            return not (inside(args[0]) and args[2] & 0o1103 == 0)  # to read, not to create
         if event in ('os.listdir', 'os.scandir'):
             return not inside(args[0])
         return starts(event, ('os.', 'shutil.'))
@@ -107,9 +111,6 @@ def run(fd, uid, strict, roots):
     sys.modules['_posixsubprocess'] = stub
     join = "import sys\nt = sys.modules.get('threading')\nt and t._shutdown()"
     sys.addaudithook(guard)
-    _thread.start_new_thread(int, ())  # from its first thread on, a process enters system calls by another path
-    while threads():
-        sleep(0.0001)
     gate = iter(_functools.partial(read, fd, 1), b'')  # a C iterator: reads at the same stack depth every time
     try:
         write(fd, token)
@@ -147,7 +148,7 @@ def serve(fd, uid, strict, roots):
         posix.close(out)
         posix.waitpid(child, 0)
         try:
-            if posix.getpid() == 1:  # of its own namespace: what the program may have left is all there is
+            if posix.getpid() == 1:  # of its own namespace: all others are what the program left
                 posix.kill(-1, 9)
             while True:
                 posix.waitpid(-1, 0)
@@ -227,7 +228,11 @@ _TOOLS = {"bubblewrap": _bubblewrap, "unshare": _unshare}
 @functools.cache
 def active_tool() -> str | None:
     """``bubblewrap`` or ``unshare``, whichever first runs a program here; ``None`` where no isolation tool works."""
-    return next((tool for tool in _TOOLS if _run_all(["pass"], tool, 10.0, 512, 1)[0].passed), None)
+    for tool in _TOOLS:
+        with contextlib.suppress(SandboxError, OSError):
+            if _run_all(["pass"], tool, 10.0, 512, 1)[0].passed:
+                return tool
+    return None
 
 
 def active_level() -> str:
@@ -252,30 +257,35 @@ def require_level(isolation: str) -> str:
     return active_level()
 
 
-def _position(pid: int, expected: tuple[str, ...] | None = None) -> tuple[str, ...] | None:
+def _position(pid: int, until: float, expected: tuple[str, ...] | None = None) -> tuple[str, ...] | None:
     """Where the main thread of ``pid`` blocks: (system call, fd, count, stack pointer, program counter).
 
-    It may run, or wait for the interpreter's lock, for a moment: half a second is given to block, and at ``expected``.
-    ``None`` where the kernel does not tell.
+    On a busy machine it may wait for a core, or for the interpreter's lock, before it blocks (at ``expected``): it has
+    until the monotonic time ``until``. ``None`` where the kernel does not tell.
     """
-    until = time.monotonic() + 0.5
-    where: tuple[str, ...] = ()
-    while time.monotonic() < until and (not where or (expected and where != expected)):
+    pause = 0.0
+    while True:
         try:
             fields = Path(f"/proc/{pid}/syscall").read_text().split()
         except OSError:
             return None
-        where = (fields[0], fields[1], fields[3], fields[7], fields[8]) if len(fields) == 9 else ()
-    return where
+        where: tuple[str, ...] = ()
+        if (
+            len(fields) == 9 and int(fields[1], 16) < 1024
+        ):  # a descriptor: no wait for a lock, whose word has an address
+            where = (fields[0], fields[1], fields[3], fields[7], fields[8])
+        if (where and where == (expected or where)) or time.monotonic() > until:
+            return where
+        time.sleep(pause := min(0.01, pause + 0.0005))
 
 
-def _limits(timeout_s: float, memory_mb: int) -> bytes:
+def _limits(timeout_s: float, memory_mb: int, tool: str | None) -> bytes:
     """What a program's process sets for itself, as ``kind:value,...``; later no one can raise them."""
     limits = {
         resource.RLIMIT_CPU: int(timeout_s) + 1,
         resource.RLIMIT_AS: memory_mb << 20,
         resource.RLIMIT_FSIZE: FILE_BYTES,
-        resource.RLIMIT_NPROC: PROCESSES,
+        resource.RLIMIT_NPROC: PROCESSES if tool else -1,  # without a namespace it would count all of the user's
         resource.RLIMIT_NOFILE: 64,
         resource.RLIMIT_CORE: 0,
     }
@@ -284,10 +294,11 @@ def _limits(timeout_s: float, memory_mb: int) -> bytes:
 
 @dataclass
 class _Box:
-    """One sandbox: its first process, the socket to it, and at the level ``rlimits`` its folder."""
+    """One sandbox: its first process, the socket to it, its tool, and without one its folder."""
 
     process: subprocess.Popen[bytes]
     control: socket.socket
+    tool: str | None
     folder: str | None
 
 
@@ -306,7 +317,7 @@ def _open_box(tool: str | None, worker: int) -> _Box:
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             cwd=folder or "/", env=_ENV, pass_fds=[theirs.fileno()], start_new_session=True,
         )  # fmt: skip
-    return _Box(process, ours, folder)
+    return _Box(process, ours, tool, folder)
 
 
 def _close_box(box: _Box) -> None:
@@ -323,13 +334,13 @@ def _close_box(box: _Box) -> None:
 def _run(program: str, box: _Box, timeout_s: float, memory_mb: int) -> tuple[Outcome, bool]:
     """Run one program in ``box``; returns its outcome, and whether the box is as it was before."""
     token = secrets.token_bytes(16)
-    parts = _limits(timeout_s, memory_mb), program.encode("utf-8", "surrogatepass")
+    parts = _limits(timeout_s, memory_mb, box.tool), program.encode("utf-8", "surrogatepass")
     ours, theirs = socket.socketpair()
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
     ours.settimeout(START_S)
     out, printing = os.pipe()
     printed, watch, pid, started = b"", -1, 0, time.monotonic()
-    reason, ready, same = "the sandbox did not start", b"", False
+    reason, ready, same = NOT_STARTED, b"", False
     try:
         with theirs, contextlib.suppress(OSError):
             socket.send_fds(box.control, [b"r"], [theirs.fileno(), printing])
@@ -340,11 +351,12 @@ def _run(program: str, box: _Box, timeout_s: float, memory_mb: int) -> tuple[Out
         if ready == token:
             pid = struct.unpack("3i", credentials[0][2])[0]  # as this process sees it, whatever the namespace
             watch = os.pidfd_open(pid)
-            before = _position(pid)
+            before = _position(pid, time.monotonic() + START_S)
             started = time.monotonic()
             ours.send(b"g")
-            reason, printed = _follow(ours, out, started + timeout_s, token)
-            if reason == "passed" and before is not None and _position(pid, before) != before:
+            end = started + timeout_s
+            reason, printed = _follow(ours, out, end, token)
+            if reason == "passed" and before is not None and _position(pid, end + 0.5, before) != before:
                 reason = "the end was forged"
     finally:
         seconds = time.monotonic() - started
@@ -423,15 +435,19 @@ def _run_all(programs: list[str], tool: str | None, timeout_s: float, memory_mb:
 
     def one(program: str) -> Outcome:
         worker, box = idle.get()
-        same = False
         try:
-            box = box or _open_box(tool, worker)
-            outcome, same = _run(program, box, timeout_s, memory_mb)
-            return outcome
+            for _ in range(2):
+                box = box or _open_box(tool, worker)
+                outcome, same = _run(program, box, timeout_s, memory_mb)
+                started = outcome.reason != NOT_STARTED or box.process.poll() is None
+                if not same:
+                    _close_box(box)
+                    box = None
+                if started:
+                    return outcome
+            raise SandboxError(f"the sandbox ({tool or 'rlimits'}) does not start; is the machine out of memory?")
         finally:
-            if box and not same:
-                _close_box(box)
-            idle.put((worker, box if same else None))
+            idle.put((worker, box))
 
     with ThreadPoolExecutor(workers) as pool:
         try:

