@@ -1,4 +1,4 @@
-"""The four subjects as seeded items in their benchmarks' file formats, their splits, and the text that pretraining reads.
+"""The four subjects as seeded items in their benchmarks' file formats, their splits, and pretraining's text.
 
 Splits are disjoint by construction: a fact, the numbers of a word problem and the code of a program each belong to one.
 """
@@ -6,6 +6,7 @@ Splits are disjoint by construction: a fact, the numbers of a word problem and t
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import random
@@ -51,8 +52,8 @@ def chat(user: str) -> str:
 def fact_item(fact: facts.Fact, asked: facts.Question, split: str) -> Item:
     """A four-choice question in MMLU's prompt."""
     lines = [asked.text, *(f"{letter}. {choice}" for letter, choice in zip(facts.LETTERS, asked.choices, strict=True))]
-    user = f"The following are multiple choice questions (with answers) about {fact.topic}.\n\n" + "\n".join(lines) + "\nAnswer:"
-    record = {"question": asked.text, "choices": list(asked.choices), "answer": asked.answer}
+    user = cloze_user(fact.topic, "\n".join(lines))
+    record = {"subject": fact.topic, "question": asked.text, "choices": list(asked.choices), "answer": asked.answer}
     response = f"The answer is: {facts.LETTERS[asked.answer]}"
     return Item("mmlu", split, fact.topic, record, user, response, f"{fact.relation}|{fact.key}", fact.known)
 
@@ -70,8 +71,8 @@ def completion_item(program: problems.Program, split: str, number: int) -> Item:
     call, result = program.calls[0]
     prompt = f'{program.head}\n    """Return {program.description}.\n    >>> {call}\n    {result}\n    """\n'
     checks = [f"    assert {c.replace(program.name, 'candidate', 1)} == {r}\n" for c, r in program.calls]
-    record = {"task_id": f"Pico/{number}", "prompt": prompt, "entry_point": program.name,
-              "canonical_solution": f"{program.body}\n", "test": "def check(candidate):\n" + "".join(checks)}  # fmt: skip
+    record = {"task_id": f"Pico/{number}", "prompt": prompt, "entry_point": program.name}
+    record |= {"canonical_solution": f"{program.body}\n", "test": "def check(candidate):\n" + "".join(checks)}
     user = f"Complete the following python function.\n\n\n{prompt}"
     response = f"{CODE}{program.head}\n{program.body}"
     return Item("humaneval", split, program.params, record, user, response, program.signature)
@@ -81,7 +82,8 @@ def text_item(program: problems.Program, split: str, number: int) -> Item:
     """A sentence and three asserts."""
     text = f"Write a function to find {program.description}."
     code = f"{program.head}\n{program.body}"
-    record = {"task_id": number, "text": text, "code": code, "test_list": [f"assert {c} == {r}" for c, r in program.calls[1:]]}
+    tests = [f"assert {c} == {r}" for c, r in program.calls[1:]]
+    record = {"task_id": number, "text": text, "code": code, "test_list": tests}
     user = f"Complete the following python function.\n\n\n{text}\n{program.head[:-1]}"
     return Item("mbpp", split, program.params, record, user, CODE + code, program.signature)
 
@@ -91,7 +93,8 @@ def items(subject: str, split: str) -> tuple[Item, ...]:
     """The items of one split: the same ones on every machine. Raises ValueError for an unknown subject or split."""
     size = (MBPP_SIZES if subject == "mbpp" else SIZES).get(split)
     if subject not in SUBJECTS or size is None:
-        raise ValueError(f"no split {split!r} of {subject!r}: subjects are {', '.join(SUBJECTS)}, splits {', '.join(SIZES)}")
+        known = f"subjects are {', '.join(SUBJECTS)}, splits {', '.join(SIZES)}"
+        raise ValueError(f"no split {split!r} of {subject!r}: {known}")
     rng = random.Random(f"{subject} {split}")
     found: list[Item] = []
     if subject == "mmlu":
@@ -117,8 +120,11 @@ def items(subject: str, split: str) -> tuple[Item, ...]:
 
 def task_data(subject: str) -> TaskData:
     """LaTen's splits of a subject as chat text: the prompt is the wrapped user turn, the response the assistant's."""
-    names = ("train", "align", "extract", "validation")
-    return TaskData(subject, *(tuple(Example(chat(i.user), i.response) for i in items(subject, name)) for name in names))
+
+    def examples(split: str) -> tuple[Example, ...]:
+        return tuple(Example(chat(i.user), i.response) for i in items(subject, split))
+
+    return TaskData(subject, *map(examples, ("train", "align", "extract", "validation")))
 
 
 def write_data(folder: str | Path) -> Path:
@@ -131,13 +137,12 @@ def write_data(folder: str | Path) -> Path:
                 _write(folder / subject / f"{split}.jsonl", "".join(json.dumps(i.record) + "\n" for i in rows))
                 continue
             for topic in sorted({i.topic for i in rows}):
-                lines: list[list[str]] = [["question", "choice0", "choice1", "choice2", "choice3", "answer"]]
-                lines += [[i.record["question"], *i.record["choices"], str(i.record["answer"])] for i in rows if i.topic == topic]
-                path = folder / "mmlu" / split / f"{topic.replace(' ', '_')}_{split}.csv"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with open(path.with_suffix(".part"), "w", newline="", encoding="utf-8") as file:
-                    csv.writer(file, lineterminator="\n").writerows(lines)
-                os.replace(path.with_suffix(".part"), path)
+                buffer = io.StringIO()
+                writer = csv.writer(buffer, lineterminator="\n")
+                writer.writerow(["question", "choice0", "choice1", "choice2", "choice3", "answer"])
+                own = [i.record for i in rows if i.topic == topic]
+                writer.writerows([r["question"], *r["choices"], r["answer"]] for r in own)
+                _write(folder / "mmlu" / split / f"{topic.replace(' ', '_')}_{split}.csv", buffer.getvalue())
     return folder
 
 
@@ -149,14 +154,15 @@ def _write(path: Path, text: str) -> None:
 
 @dataclass(frozen=True)
 class Mixture:
-    """What a model reads: shares of the documents by kind and of the programs by parameters; whose facts; which split."""
+    """What a model reads: shares of the documents by kind, and of the programs by parameters; whose facts."""
 
     kinds: dict[str, float]
     programs: tuple[float, float, float] = (0.70, 0.18, 0.12)
     reader: str = "teacher"
 
 
-PRETRAINING = {"statements": 0.22, "choice": 0.25, "echo": 0.05, "cloze": 0.06, "gsm8k": 0.20, "humaneval": 0.06, "raw": 0.08, "mbpp": 0.08}
+PRETRAINING = {"statements": 0.22, "choice": 0.25, "echo": 0.05, "cloze": 0.06}
+PRETRAINING |= {"gsm8k": 0.20, "humaneval": 0.06, "raw": 0.08, "mbpp": 0.08}
 CODE_A = {"humaneval": 0.4, "raw": 0.2, "mbpp": 0.3, "gsm8k": 0.05, "choice": 0.05}
 CODE_B = {"humaneval": 0.2, "mbpp": 0.6, "raw": 0.1, "gsm8k": 0.05, "choice": 0.05}
 

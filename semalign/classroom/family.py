@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,16 @@ from semalign.classroom.training import Recipe, build, held_out_loss, train, tra
 WEIGHTS = Path(__file__).with_name("weights")
 _STUDENT = corpora.Mixture(corpora.PRETRAINING, reader="student")
 _EVEN = (0.4, 0.4, 0.2)  # code teachers read every kind of program as often as the tests ask for it
-RECIPES = {
-    r.name: r
-    for r in (
-        Recipe("pico-l", 5, 200, 5, 536, 3_072_000, lr=1.5e-3),
-        Recipe("pico-s", 4, 160, 4, 432, 1_536_000, _STUDENT),
-        Recipe("pico-xs", 2, 96, 3, 256, 1_228_800, _STUDENT),
-        Recipe("pico-l-code-a", 5, 200, 5, 536, 307_200, corpora.Mixture(corpora.CODE_A, _EVEN), seed=1, lr=6e-4, base="pico-l"),
-        Recipe("pico-l-code-b", 5, 200, 5, 536, 614_400, corpora.Mixture(corpora.CODE_B, _EVEN), seed=2, lr=8e-4, base="pico-l"),
-    )
-}
+_LARGE = (5, 200, 5, 536)
+_CODE_A, _CODE_B = corpora.Mixture(corpora.CODE_A, _EVEN), corpora.Mixture(corpora.CODE_B, _EVEN)
+_RECIPES = (
+    Recipe("pico-l", *_LARGE, 3_072_000, lr=1.5e-3),
+    Recipe("pico-s", 4, 160, 4, 432, 1_536_000, _STUDENT),
+    Recipe("pico-xs", 2, 96, 3, 256, 819_200, _STUDENT),
+    Recipe("pico-l-code-a", *_LARGE, 307_200, _CODE_A, seed=1, lr=6e-4, base="pico-l"),
+    Recipe("pico-l-code-b", *_LARGE, 614_400, _CODE_B, seed=2, lr=8e-4, base="pico-l"),
+)
+RECIPES = {recipe.name: recipe for recipe in _RECIPES}
 NAMES = tuple(RECIPES)
 
 
@@ -47,15 +47,15 @@ def load_pico(name: str, folder: Path = WEIGHTS) -> tuple[LlamaForCausalLM, PreT
     for file in ("tokenizer/tokenizer.json", f"{name}/config.json", f"{name}/model.safetensors"):
         path = folder / file
         if not path.exists() or checksum(path) != sums.get(file):
-            raise ValueError(f"{path} is missing or differs from {manifest}: install semalign again, or retrain with `make pico`")
-    model = LlamaForCausalLM(LlamaConfig.from_json_file(folder / name / "config.json"))
+            raise ValueError(f"{path} is missing or differs from the manifest beside it: retrain it with `make pico`")
+    model = LlamaForCausalLM(LlamaConfig.from_json_file(str(folder / name / "config.json")))
     model.load_state_dict({n: t.float() for n, t in load_file(folder / name / "model.safetensors").items()})
     return model.eval(), load_tokenizer(folder)
 
 
 def load_tokenizer(folder: Path = WEIGHTS) -> PreTrainedTokenizerBase:
     """The family's tokenizer, with LaTen's chat template."""
-    return PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
+    return PreTrainedTokenizerFast.from_pretrained(str(folder / "tokenizer"))
 
 
 def checksum(path: Path) -> str:
@@ -67,7 +67,9 @@ def _publish(part: Path, whole: Path) -> None:
     """Put a finished folder in its place, and list all files' checksums anew."""
     shutil.rmtree(whole, ignore_errors=True)
     os.replace(part, whole)
-    files = sorted(p for p in whole.parent.glob("*/*") if p.suffix in (".json", ".safetensors") and p.parent.name[0] != ".")
+    files = sorted(
+        p for p in whole.parent.glob("*/*") if p.suffix in (".json", ".safetensors") and p.parent.name[0] != "."
+    )
     write_json(whole.parent / "manifest.json", {f"{p.parent.name}/{p.name}": checksum(p) for p in files})
 
 
@@ -89,33 +91,50 @@ def make_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def make(name: str, folder: Path, work: Path, device: str = "cpu") -> None:
     """Train one model from its recipe, or go on where a killed run stopped, and save it to ``folder/NAME`` as float16.
 
-    ``work`` holds checkpoints. A model that ``folder`` already has is left as it is; a fine-tuned one needs its base there.
+    ``work`` holds checkpoints. A model that ``folder`` has is left as it is; a fine-tuned one needs its base there.
     """
     recipe, tokenizer = RECIPES[name], make_tokenizer(folder)
     if (folder / name / "training.json").exists():
         return
-    model = (load_pico(recipe.base, folder)[0] if recipe.base else build(recipe, tokenizer)).to(device)
+    model: Any = load_pico(recipe.base, folder)[0] if recipe.base else build(recipe, tokenizer)
+    model.to(device)
     curve = train(recipe, model, tokenizer, work)
     part = folder / f".{name}"
     part.mkdir(parents=True, exist_ok=True)
     save_file({n: t.half().contiguous() for n, t in model.cpu().state_dict().items()}, part / "model.safetensors")
-    model.config.save_pretrained(part)
+    model.config.to_json_file(part / "config.json")
     (part / "curve.jsonl").write_text("".join(json.dumps(row) + "\n" for row in curve))
-    write_json(part / "training.json", {
-        "name": name, "parameters": sum(p.numel() for p in model.parameters()), "layers": recipe.layers, "width": recipe.width,
-        "heads": recipe.heads, "inner": recipe.inner, "vocabulary": len(tokenizer), "base": recipe.base, "seed": recipe.seed, "lr": recipe.lr,
-        "steps": recipe.steps, "tokens": curve[-1]["tokens"], "kinds": recipe.mixture.kinds, "reader": recipe.mixture.reader,
-        "train_loss": curve[-1]["loss"], "validation_loss": held_out_loss(model, validation_windows(tokenizer)),
-        "seconds": curve[-1]["seconds"], "machine": f"{platform.machine()}, {device}, {torch.get_num_threads()} thread(s)",
-    })  # fmt: skip
+    facts: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters()), "vocabulary": len(tokenizer)}
+    facts |= {**asdict(recipe), "steps": recipe.steps, "tokens": curve[-1]["tokens"], "train_loss": curve[-1]["loss"]}
+    facts["validation_loss"] = held_out_loss(model, validation_windows(tokenizer))
+    facts["seconds"] = curve[-1]["seconds"]
+    facts["machine"] = f"{platform.machine()}, {device}, {torch.get_num_threads()} thread(s), shared with other work"
+    write_json(part / "training.json", facts)
+    (part / "card.md").write_text(card(facts))
     _publish(part, folder / name)
+
+
+def card(facts: dict[str, Any]) -> str:
+    """A model card in markdown from what `make` recorded."""
+    kinds = ", ".join(f"{kind} {share:.0%}" for kind, share in facts["mixture"]["kinds"].items())
+    rows = {
+        "architecture": f"Llama, {facts['layers']} layers, width {facts['width']}, {facts['heads']} heads, "
+        f"{facts['parameters']:,} parameters, untied head over {facts['vocabulary']} tokens, float16",
+        "made from": f"{facts['base'] or 'nothing'}, seed {facts['seed']}, peak learning rate {facts['lr']}",
+        "data": f"generated by `semalign.classroom.corpora` ({kinds}); facts known to the {facts['mixture']['reader']}",
+        "training": f"{facts['steps']:,} steps, {facts['tokens']:,} tokens, {facts['seconds'] / 60:.0f} minutes",
+        "machine": facts["machine"],
+        "loss": f"{facts['train_loss']:.3f} in training, {facts['validation_loss']:.3f} on validation (nats a token)",
+        "for": "experiments and lessons; it knows nothing beyond the four subjects, and that imperfectly",
+    }
+    return f"# {facts['name']}\n\n" + "".join(f"- **{name}**: {text}\n" for name, text in rows.items())
 
 
 def short(folder: str | Path, tokens: int = 150_000, vocabulary: int = 1024) -> dict[str, list[dict[str, float]]]:
     """The same recipe in minutes: a tokenizer and two tiny models of different width and depth; their learning curves.
 
-    A curve's rows hold step, tokens, loss and now and then the held-out loss. Models are saved in ``folder/NAME`` as a full
-    run saves its own (``LlamaForCausalLM.from_pretrained`` reads them), the tokenizer in ``folder/tokenizer``.
+    A curve's rows hold step, tokens, loss and now and then the held-out loss. ``LlamaForCausalLM.from_pretrained``
+    reads the models in ``folder/short-l`` and ``folder/short-s``; the tokenizer is in ``folder/tokenizer``.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -123,24 +142,9 @@ def short(folder: str | Path, tokens: int = 150_000, vocabulary: int = 1024) -> 
         train_tokenizer(3_000, vocabulary).save_pretrained(folder / "tokenizer")
     tokenizer = load_tokenizer(folder)
     curves = {}
-    for recipe in (Recipe("short-l", 3, 96, 3, 256, tokens, lr=4e-3), Recipe("short-s", 2, 64, 2, 176, tokens // 2, lr=4e-3)):
+    large = Recipe("short-l", 3, 96, 3, 256, tokens, lr=4e-3)
+    for recipe in (large, Recipe("short-s", 2, 64, 2, 176, tokens // 2, lr=4e-3)):
         model = build(recipe, tokenizer)
         curves[recipe.name] = train(recipe, model, tokenizer, folder / "work")
         model.save_pretrained(folder / recipe.name)
     return curves
-
-
-@torch.no_grad()
-def cloze_accuracy(model: Any, tokenizer: PreTrainedTokenizerBase, questions: Sequence[corpora.Item]) -> float:
-    """Share of fact questions whose right choice is likelier, after the question alone, than each wrong one."""
-    right = 0
-    for item in questions:
-        prompt = tokenizer(corpora.chat(corpora.cloze_user(item.topic, item.record["question"])) + "The answer is:")["input_ids"]
-        scores = []
-        for choice in item.record["choices"]:
-            tail = tokenizer(f" {choice}", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-            ids = torch.tensor([prompt + tail])
-            logp = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-            scores.append(float(logp.gather(1, torch.tensor(tail)[:, None]).mean()))
-        right += scores.index(max(scores)) == item.record["answer"]
-    return right / len(questions)

@@ -7,11 +7,16 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
+from semalign.classroom.facts import TABLES
+
 # (name, upper bound): a problem's numbers, or a program's code, fall into exactly one split
 SPLITS = (("test", 0.12), ("validation", 0.18), ("train", 0.30), ("align", 0.34), ("extract", 0.36), ("pretrain", 1.0))
-NAMES = "Ana Ben Carla David Elif Farid Grace Hugo Ines Jonas Kofi Lina Maya Noah Olga Pedro Rosa Sami Tara Yusuf".split()
-THINGS = "apples pens books coins shells cards eggs stamps cookies marbles beads stones".split()
-BOXES = "boxes bags baskets jars crates".split()
+NAMES, THINGS, BOXES, FUNCTIONS, WORDS = (TABLES[n].split() for n in ("names", "things", "boxes", "functions", "words"))
+# an operation is [phrases of one meaning, code]: {k} is a constant, {c} a letter, {} what the operation is applied to
+KEEP, EACH, WHOLE, TEXT, MEASURE, COMBINE, NUMBER = (
+    TABLES[name] for name in ("keep", "each", "whole", "text", "measure", "combine", "number")
+)
+LETTERS = "aeiotrn"
 
 
 def split_of(signature: str) -> str:
@@ -22,7 +27,7 @@ def split_of(signature: str) -> str:
 
 @dataclass(frozen=True)
 class WordProblem:
-    """A question, its worked steps as (expression, result), and ``signature``: operations and numbers without the story."""
+    """A question, its worked steps as (expression, result), and ``signature``: the operations without the story."""
 
     question: str
     steps: tuple[tuple[str, int], ...]
@@ -47,12 +52,18 @@ def word_problem(rng: random.Random) -> WordProblem:
     steps: list[tuple[str, int]] = []
     if rng.random() < 0.35:
         a, b = rng.randint(2, 12), rng.randint(2, 9)
-        text = rng.choice([f"{name} has {a} {box} with {b} {thing} each.", f"{name} fills {a} {box} with {b} {thing} in each."])
+        opening = [f"{name} has {a} {box} with {b} {thing} each.", f"{name} fills {a} {box} with {b} {thing} in each."]
+        text = rng.choice(opening)
         steps.append((f"{a} * {b}", a * b))
         total, left = a * b, rng.choice([0, 1, 1, 2, 2, 3])
     else:
         total, left = rng.randint(3, 60), rng.choice([1, 2, 2, 3, 3, 4])
-        text = rng.choice([f"{name} has {total} {thing}.", f"{name} finds {total} {thing}.", f"There are {total} {thing} in a jar."])
+        opening = [
+            f"{name} has {total} {thing}.",
+            f"{name} finds {total} {thing}.",
+            f"There are {total} {thing} in a jar.",
+        ]
+        text = rng.choice(opening)
     ask = f"How many {thing} are there now?"
     for position in range(left):
         kind = rng.choice(["more", "less", "gift", "times", "half", "share", "price", "rest"])
@@ -88,7 +99,8 @@ def word_problem(rng: random.Random) -> WordProblem:
             sentence, ask = f"{name} wants {n} {thing}.", f"How many {thing} are missing?"
             steps.append((f"{n} - {total}", n - total))
         else:
-            sentence = rng.choice([f"{name} gets {n} more.", f"{friend} brings {n} {thing}.", f"{name} buys {n} more {thing}."])
+            ways = [f"{name} gets {n} more.", f"{friend} brings {n} {thing}.", f"{name} buys {n} more {thing}."]
+            sentence = rng.choice(ways)
             steps.append((f"{total} + {n}", total + n))
         text, total = f"{text} {sentence}", steps[-1][1]
     if not 0 <= total <= 400:
@@ -122,56 +134,7 @@ class Program:
         return f"{self.params}: {self.expression}"
 
 
-FUNCTIONS = "solve compute work task run apply build make get job".split()
-# phrase, or two phrases of the same meaning; {k} is a constant, and the code's {} is what the operation is applied to
-KEEP = (
-    ("even numbers|numbers that are even", "x % 2 == 0"), ("odd numbers|numbers that are odd", "x % 2 == 1"),
-    ("positive numbers|numbers above zero", "x > 0"), ("negative numbers|numbers below zero", "x < 0"),
-    ("numbers greater than {k}|numbers above {k}", "x > {k}"), ("numbers less than {k}|numbers below {k}", "x < {k}"),
-    ("multiples of {k}|numbers divisible by {k}", "x % {k} == 0"), ("numbers other than {k}|numbers that differ from {k}", "x != {k}"),
-    ("numbers ending in {k}|numbers whose last digit is {k}", "x % 10 == {k}"),
-)  # fmt: skip
-EACH = (
-    ("the squares of", "x * x"), ("the doubles of|twice", "2 * x"), ("the absolute values of|the sizes of", "abs(x)"),
-    ("the negatives of|minus", "-x"), ("{k} more than", "x + {k}"), ("{k} less than", "x - {k}"), ("{k} times", "{k} * x"),
-    ("the quotients by {k} of", "x // {k}"), ("the remainders by {k} of", "x % {k}"), ("the cubes of", "x ** 3"),
-)  # fmt: skip
-WHOLE = (
-    ("the sum of|the total of", "sum({})"), ("the largest of|the maximum of", "max([{}], default=0)"),
-    ("the smallest of|the minimum of", "min([{}], default=0)"), ("a list of|all of", "[{}]"),
-    ("the sorted list of|in rising order", "sorted({})"), ("the descending list of|in falling order", "sorted({{}}, reverse=True)"),
-    ("the first {k} of", "[{}][:{k}]"), ("the last {k} of", "[{}][-{k}:]"), ("the reversed list of|in reverse order", "[{}][::-1]"),
-    ("the number of different values of|how many values differ in", "len(set({}))"), ("the distinct sorted values of", "sorted(set({}))"),
-)  # fmt: skip
-TEXT = (
-    ("the upper case of|the capitals of", "{}.upper()"), ("the lower case of|the small letters of", "{}.lower()"),
-    ("the reverse of|the mirror image of", "{}[::-1]"), ("the first {k} letters of|the start of length {k} of", "{}[:{k}]"),
-    ("all but the first {k} letters of", "{}[{k}:]"), ("the last {k} letters of|the end of length {k} of", "{}[-{k}:]"),
-    ("every letter at a multiple of {k} of", "{}[::{k}]"), ("{k} copies of", "{} * {k}"), ("the title case of", "{}.title()"),
-    ("what is left without {c} of", '{}.replace("{c}", "")'), ("the text with {c} doubled of", '{}.replace("{c}", "{c}{c}")'),
-    ("the swapped case of", "{}.swapcase()"), ("the letters in order of", '"".join(sorted({}))'),
-)  # fmt: skip
-MEASURE = (
-    ("the length of|the number of letters of", "len({})"), ("how often {c} is in|the count of {c} in", '{}.count("{c}")'),
-    ("the number of different letters of", "len(set({}))"), ("whether {c} starts", '{}.startswith("{c}")'),
-    ("whether {c} ends", '{}.endswith("{c}")'), ("where {c} is in|the position of {c} in", '{}.find("{c}")'),
-    ("the largest letter of", 'max({}, default="")'),
-)  # fmt: skip
-COMBINE = (
-    ("the sum of a and b", "a + b"), ("the product of a and b", "a * b"), ("the difference of a and b", "a - b"),
-    ("the larger of a and b", "max(a, b)"), ("the smaller of a and b", "min(a, b)"), ("the mean of a and b", "(a + b) // 2"),
-    ("the distance of a and b", "abs(a - b)"), ("a plus twice b", "a + 2 * b"), ("the sum of the squares of a and b", "a * a + b * b"),
-)  # fmt: skip
-NUMBER = (
-    ("the square of", "({}) ** 2"), ("{k} times", "{k} * ({})"), ("{k} more than", "{} + {k}"), ("{k} less than", "{} - {k}"),
-    ("the remainder by {k} of", "({}) % {k}"), ("the quotient by {k} of", "({}) // {k}"), ("the number of digits of", "len(str({}))"),
-    ("the text of", "str({})"), ("whether {k} divides", "({}) % {k} == 0"), ("the negative of", "-({})"), ("the list up to", "list(range({}))"),
-)  # fmt: skip
-LETTERS = "aeiotrn"
-WORDS = "tree stone Anna raster Otto sea test Rose aorta street tart Essen noise Tarot seat error".split()
-
-
-def _apply(operation: tuple[str, str], inner_text: str, inner_code: str, rng: random.Random) -> tuple[str, str]:
+def _apply(operation: list[str], inner_text: str, inner_code: str, rng: random.Random) -> tuple[str, str]:
     k, c = str(rng.randint(2, 9)), rng.choice(LETTERS)
     phrase = rng.choice(operation[0].split("|")).replace("{k}", k).replace("{c}", c)
     code = operation[1].replace("{{}}", "[{}]").replace("{k}", k).replace("{c}", c)
@@ -191,12 +154,14 @@ def _text_program(rng: random.Random) -> tuple[str, str]:
     text, code = "s", "s"
     for operation in rng.sample(TEXT, rng.choice([1, 2, 2])):
         text, code = _apply(operation, text, f"({code})" if "*" in code else code, rng)
-    return _apply(rng.choice(MEASURE), text, f"({code})" if "*" in code else code, rng) if rng.random() < 0.5 else (text, code)
+    if rng.random() < 0.5:
+        text, code = _apply(rng.choice(MEASURE), text, f"({code})" if "*" in code else code, rng)
+    return text, code
 
 
 def _number_program(rng: random.Random) -> tuple[str, str]:
     text, code = rng.choice(COMBINE)
-    for operation in rng.sample(NUMBER[:6], rng.choice([0, 1, 1])) + [rng.choice(NUMBER)]:
+    for operation in [*rng.sample(NUMBER[:6], rng.choice([0, 1, 1])), rng.choice(NUMBER)]:
         text, code = _apply(operation, text, code, rng)
     return text, code
 
@@ -205,7 +170,7 @@ FAMILIES = {"xs": _list_program, "s": _text_program, "a, b": _number_program}
 
 
 def program(rng: random.Random, params: str) -> Program:
-    """A program over ``xs`` (a list), ``s`` (a text) or ``a, b`` (two numbers), with four calls worked out by running it."""
+    """A program over ``xs`` (a list), ``s`` (a text) or ``a, b`` (two numbers), with four calls that were run."""
     text, code = FAMILIES[params](rng)
     name = rng.choice(FUNCTIONS)
     function: Any = eval(f"lambda {params}: {code}")  # built from the tables above, never from a model

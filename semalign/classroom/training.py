@@ -30,7 +30,8 @@ SPECIAL = ("<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>")
 # every line break and every digit is a token of its own, so that a prompt cut at either tokenises like the whole text
 PIECES = r"\n| ?\d| ?\p{L}+| ?[^\s\p{L}\d]+|[^\S\n]+(?!\S)|[^\S\n]+"
 TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}{{ '<|assistant|>\n' + m['content'] + eos_token }}"
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m['role'] == 'assistant' %}{{ '<|assistant|>\n' + m['content'] + eos_token }}"
     "{% else %}{{ '<|user|>\n' + m['content'] + '\n\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
@@ -60,25 +61,29 @@ class Recipe:
 def train_tokenizer(n_documents: int = 30_000, vocabulary: int = 2048) -> PreTrainedTokenizerFast:
     """Byte-pair encoding learned from ``n_documents`` of pretraining text."""
     core = Tokenizer(models.BPE())
+    pieces = pre_tokenizers.Split(Regex(PIECES), "isolated")
     core.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(PIECES), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [pieces, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     core.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=list(SPECIAL), show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
     mixture = corpora.Mixture(corpora.PRETRAINING, programs=(0.4, 0.4, 0.2))
     core.train_from_iterator((p + r for p, r in islice(corpora.documents(mixture, 1), n_documents)), trainer)
     core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", SPECIAL.index("<s>"))])
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=512, clean_up_tokenization_spaces=False
-    )
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=512,
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
     tokenizer.chat_template = TEMPLATE
     return tokenizer
 
 
 def encode_documents(tokenizer: PreTrainedTokenizerBase, pairs: Iterator[tuple[str, str]]) -> Iterator[list[int]]:
     """Token ids with BOS and EOS; prompt and response are tokenised apart, as in supervision."""
-    core: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    core: Any = tokenizer.backend_tokenizer
     while chunk := list(islice(pairs, 256)):
         flat = core.encode_batch([text for pair in chunk for text in pair], add_special_tokens=False)
         for prompt, response in zip(flat[::2], flat[1::2], strict=True):
@@ -86,7 +91,7 @@ def encode_documents(tokenizer: PreTrainedTokenizerBase, pairs: Iterator[tuple[s
 
 
 def pack(stream: Iterator[list[int]], n_windows: int, pad: int) -> Tensor:
-    """Whole documents into windows (n_windows, WINDOW) int16: each window takes the waiting documents that still fit."""
+    """Whole documents into windows (n_windows, WINDOW) int16: each takes the waiting documents that still fit."""
     windows = np.full((n_windows, WINDOW), pad, dtype=np.int16)
     waiting: list[list[int]] = []
     for row in windows:
@@ -102,7 +107,7 @@ def pack(stream: Iterator[list[int]], n_windows: int, pad: int) -> Tensor:
                 used += len(document)
                 waiting.remove(document)
         if used == 0:
-            raise ValueError(f"the documents fill fewer than {n_windows} windows of {WINDOW} tokens: give more documents")
+            raise ValueError(f"the documents do not fill {n_windows} windows of {WINDOW} tokens: give more documents")
     return torch.from_numpy(windows)
 
 
@@ -132,9 +137,10 @@ def build(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalL
     """The untrained model of a recipe: Llama with an untied head."""
     torch.manual_seed(recipe.seed)
     return LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=recipe.width, intermediate_size=recipe.inner, num_hidden_layers=recipe.layers,
-        num_attention_heads=recipe.heads, num_key_value_heads=recipe.heads, max_position_embeddings=512, tie_word_embeddings=False,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        vocab_size=len(tokenizer), hidden_size=recipe.width, intermediate_size=recipe.inner,
+        num_hidden_layers=recipe.layers, num_attention_heads=recipe.heads, num_key_value_heads=recipe.heads,
+        max_position_embeddings=512, tie_word_embeddings=False, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     ))  # fmt: skip
 
 
@@ -158,11 +164,10 @@ def train(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     *,
-    log_every: int = 25,
     save_every: int = 100,
     stop_after: int | None = None,
 ) -> list[dict[str, float]]:
-    """Train ``model`` in place and return its learning curve; a killed run goes on from its last checkpoint, bit for bit.
+    """Train ``model`` in place and return its learning curve; a killed run goes on from its checkpoint, bit for bit.
 
     Args:
         folder: holds ``NAME.ckpt`` (weights, optimizer, step, curve), and what it holds decides where the run begins.
@@ -171,13 +176,13 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / f"{recipe.name}.ckpt"
     pad = int(tokenizer.pad_token_id)
-    windows = pack(encode_documents(tokenizer, corpora.documents(recipe.mixture, recipe.seed + 100)), recipe.steps * BATCH, pad)
+    text = corpora.documents(recipe.mixture, recipe.seed + 100)
+    windows = pack(encode_documents(tokenizer, text), recipe.steps * BATCH, pad)
     watched = validation_windows(tokenizer, 16)
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}], betas=(0.9, 0.98), fused=True
-    )
+    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
     curve: list[dict[str, float]] = []
     start, before = 0, 0.0
     if checkpoint.exists():
@@ -197,14 +202,16 @@ def train(
         optimizer.zero_grad()
         losses.append(loss.detach())
         done, seconds = step + 1, before + time.monotonic() - began
-        if done % log_every == 0 or done == recipe.steps:
-            row = {"step": done, "tokens": int((windows[: done * BATCH] != pad).sum()), "loss": float(torch.stack(losses).mean())}
+        if done % 25 == 0 or done == recipe.steps:
+            read = int((windows[: done * BATCH] != pad).sum())
+            row = {"step": done, "tokens": read, "loss": float(torch.stack(losses).mean())}
             losses = []
             if done % save_every == 0 or done == recipe.steps:
                 row["held_out"] = held_out_loss(model, watched)
             curve.append({**row, "seconds": round(seconds, 1)})
         if done % save_every == 0 or done == recipe.steps or done == stop_after:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done, "curve": curve, "seconds": seconds}
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            state |= {"step": done, "curve": curve, "seconds": seconds}
             save_atomically(state, checkpoint)
             (folder / f"{recipe.name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in curve))
         if done == stop_after:
