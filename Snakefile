@@ -60,6 +60,7 @@ for name in DIGESTS:
             digest=DIGESTS[name],
             notebook=name,
         threads: workflow.cores or 1
+        priority: -list(DIGESTS).index(name)
         resources:
             gpu=1,
         shell:

@@ -74,7 +74,7 @@ class TransferConfig:
     teacher_layers: tuple[int, ...] | None = None  # one for each of ``layers``; None: the depth rule l(k)
     interpolate: bool = False  # the exact depth between two teacher layers instead of l(k)
     attribution_point: str = "stream"
-    attribution_reduce: str = "signed"
+    attribution_reduce: str = "abs"
     map: str | Tensor | None = "paper"  # a kind of ``semantic_map``, M (D_S, D_T) itself, or None for the identity
     fold_gain: bool = False
     ridge: float = 0.0
@@ -207,10 +207,9 @@ def _supervise(
         gains: dict[str, Any] = {"teacher_gain": norm_gain(teacher), "student_gain": gain} if config.fold_gain else {}
         matrix = semantic_map(head_weight(teacher), head, kind=config.map, ridge=config.ridge, **gains)
     shape = (head.shape[1], head_weight(teacher).shape[1])
-    if (shape if matrix is None else tuple(matrix.shape)) != shape or (
-        matrix is None and shape[0] != shape[1] and config.layer_loss != "relational"
-    ):
-        raise ValueError(f"map must be a kind or a matrix of shape (D_S, D_T) = {shape}")
+    given = (shape[1], shape[1]) if matrix is None else tuple(matrix.shape)
+    if given != shape and (matrix is not None or config.layer_loss != "relational"):
+        raise ValueError(f"map gives a matrix of shape {given}, and this pair needs (D_S, D_T) = {shape}")
     supervision = SupervisionCache.build(
         config.cache_folder or scratch / "supervision",
         teacher,
@@ -250,9 +249,6 @@ def _choose(
         low, high, mix = interpolation(k, n_teacher, n_student) if config.interpolate else (depth, depth, 0.0)
         sources.append(Source(low, high, mix, config.interface))
     return tuple(sorted(layers)), sources
-
-
-# ---------------------------------------------------------------------------------------------------- losses
 
 
 def layer_loss(kind: str, h: Tensor, target: Tensor, norm: Tensor, counts: Sequence[int]) -> Tensor:
@@ -325,9 +321,6 @@ def _kl(z: Tensor, logp: Tensor, index: Tensor, tail: Tensor) -> Tensor:
     return kl + torch.special.xlogy(tail, tail) - tail * rest
 
 
-# ------------------------------------------------------------------------------------- the student, from layer k up
-
-
 @contextmanager
 def partial_decoder(model: Model, first: int, last: int) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
     """A function (hidden, attention_mask) -> final states that runs layers first..last on layer ``first``'s input.
@@ -392,9 +385,6 @@ def layer_inputs(
             for row, i in enumerate(some):
                 stored[offsets[i] : offsets[i + 1]] = seen[first, "input"][row, : len(data[i].input_ids)].cpu()
     return read
-
-
-# -------------------------------------------------------------------------------------------------- training
 
 
 def batches(lengths: Sequence[int], size: int, seed: int, epoch: int) -> list[list[int]]:
@@ -552,9 +542,9 @@ def _copy(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
 
 
 def _limit(log: list[dict[str, Any]], record: dict[str, Any]) -> float:
-    """The largest acceptable loss: any finite one in a stage's first epoch, then ``DIVERGED`` times its median."""
+    """The largest acceptable loss: any finite one in a stage's first epoch, then ``DIVERGED`` medians of it."""
     first = [r["loss"] for r in log if (r["epoch"], r["stage"], r["split"]) == (1, record["stage"], "train")]
-    return DIVERGED * statistics.median(first) if record["epoch"] > 1 else sys.float_info.max
+    return DIVERGED * max(statistics.median(first), 1e-2) if record["epoch"] > 1 else sys.float_info.max
 
 
 def _measure(run: _Run, stage: _Stage, examples: list[int], *, train: bool) -> dict[str, float]:
@@ -597,9 +587,6 @@ def _terms(run: _Run, stage: _Stage, examples: list[int]) -> dict[str, Tensor]:
         sums = {n: sums[n] + found[n].sum() / len(taps) for n in sums}
     following = batch["labels"].roll(-1, dims=1)[mask]
     return {**sums, "output_loss": output_loss(run, final[mask], following, rows).sum()}
-
-
-# ------------------------------------------------------------------------------------------------- checkpoints
 
 
 def _run_key(config: TransferConfig, student: Model, supervision: str, layers: tuple[int, ...], n_train: int) -> str:

@@ -26,7 +26,8 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
             f"CKA needs two matrices (n, p) and (n, q) with n > 1: got {tuple(x.shape)} and {tuple(y.shape)}"
         )
     x, y = (t.detach().double() - t.detach().double().mean(0) for t in (x, y))
-    if len(x) < max(x.shape[1], y.shape[1]):
+    p, q = x.shape[1], y.shape[1]
+    if len(x) * (p + q) < p * p + p * q + q * q:
         k, l = x @ x.T, y @ y.T  # noqa: E741 - the usual names of the two kernels
         cross, own = (k * l).sum(), torch.linalg.matrix_norm(k) * torch.linalg.matrix_norm(l)
     else:

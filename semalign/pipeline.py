@@ -56,7 +56,7 @@ def _files(paths: Iterable[Path]) -> list[tuple[str, str]]:
 
 def _code() -> list[tuple[str, str]]:
     """Everything in ``semalign`` that is read at run time, and the lock file."""
-    kept = {".py", ".yaml", ".json", ".safetensors"}
+    kept = {".py", ".yaml", ".json", ".csv", ".safetensors"}
     tree = [p for p in (ROOT / "semalign").rglob("*") if p.suffix in kept and "__pycache__" not in p.parts]
     return _files([*tree, ROOT / "requirements.lock"])
 
@@ -223,7 +223,7 @@ def build_book(profile: str, results: Path) -> Path:
         RuntimeError: Sphinx warned or failed; its output has been printed.
     """
     stage = stage_book(profile, results)
-    jupyter_book = Path(sys.executable).with_name("jupyter-book")
+    jupyter_book = str(Path(sys.executable).with_name("jupyter-book"))
     command = [jupyter_book, "build", str(stage), "-W", "-n", "--keep-going", "-q"]
     done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     index = stage / "_build" / "html" / "index.html"
@@ -238,9 +238,10 @@ def run(profile: str, cores: str, until: str) -> int:
     """Call Snakemake for one profile and print where the book is."""
     load_profile(profile)
     command = [
-        sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--directory", str(ROOT),
+        sys.executable, "-m", "snakemake", until, "--snakefile", str(ROOT / "Snakefile"), "--directory", str(ROOT),
         "--cores", cores, "--resources", "gpu=1", "--nolock", "--rerun-incomplete",
-        "--rerun-triggers", "params", "input", "--quiet", "rules", "progress", "host", "reason", "--config", f"profile={profile}", "--", until,
+        "--config", f"profile={profile}", "--rerun-triggers", "params", "input",
+        "--quiet", "rules", "progress", "host", "reason",
     ]  # fmt: skip
     code = subprocess.run(command).returncode
     if code == 0 and until == "book":

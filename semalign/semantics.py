@@ -19,7 +19,7 @@ from torch import Tensor
 
 BASES = ("dual", "primal", "tight")
 KINDS = ("paper", "logit", "logit_centred", "tight", "procrustes", "random", "shuffled")
-_CHUNK = 4096  # vocabulary rows that a pass holds at once
+_CHUNK = 3072  # vocabulary rows that a pass holds at once
 _BLOCK = 256  # columns of one block of a symmetric product: blocks below the diagonal are copied, not computed
 _SMALL = 2**30  # m D^2 below which float64 costs nothing worth saving
 _SPREAD = 256  # mean over smallest eigenvalue of a centred G up to which float32 passes keep M to about 1e-4
@@ -41,23 +41,26 @@ class _Head:
 
 @dataclass(frozen=True)
 class _Gram:
-    """G (D, D) in float64, its Cholesky factor unless its rank is deficient, and the dtype that passes may use."""
+    """G (D, D) in float64 and the dtype that passes may use.
 
-    matrix: Tensor
-    cholesky: Tensor | None
+    ``factor`` is the Cholesky factor L, G = L L', where G is definite, and G itself where its rank is deficient.
+    """
+
+    factor: Tensor
+    definite: bool
     rtol: float
     dtype: torch.dtype
 
     def power(self, exponent: float) -> Tensor:
         """G^exponent on the directions that G has and 0 on those it lacks, as a pseudoinverse does."""
-        if exponent == -1 and self.cholesky is not None:
-            return torch.cholesky_inverse(self.cholesky)
-        values, vectors = torch.linalg.eigh(self.matrix)
+        if exponent == -1 and self.definite:
+            return torch.cholesky_inverse(self.factor.to(self.dtype))
+        values, vectors = torch.linalg.eigh(self.factor @ self.factor.T if self.definite else self.factor)
         kept = values > self.rtol * values[-1]
         return (vectors * torch.where(kept, values, 1.0).pow(exponent).mul(kept)) @ vectors.T
 
     def solve(self, right: Tensor) -> Tensor:
-        return self.power(-1) @ right if self.cholesky is None else torch.cholesky_solve(right, self.cholesky)
+        return torch.cholesky_solve(right, self.factor) if self.definite else self.power(-1) @ right
 
 
 def _head(weight: Tensor, gain: Tensor | None, name: str) -> _Head:
@@ -97,7 +100,7 @@ def _cross(left: _Head, right: _Head, dtype: torch.dtype, centred: bool = False,
         u = v if same else left.rows(start, dtype) - shifts[0]
         weighted = (u, v) if p is None else tuple(x * p[start : start + _CHUNK, None].to(dtype) for x in (u, v))
         for first, x in zip(sums, weighted, strict=True):
-            first += x.sum(0, dtype=torch.float64)
+            first += x.sum(0)
         for i in range(0, len(out), _BLOCK if same else len(out)):
             block = slice(i, i + _BLOCK if same else None), slice(i, None)
             out[block] += torch.mm(weighted[0][:, block[0]].T, v[:, block[1]], out=product.resize_(0))
@@ -121,23 +124,30 @@ def _smallest(cholesky: Tensor) -> float:
 
 def _gram(head: _Head, ridge: float, centred: bool = False, p: Tensor | None = None) -> _Gram:
     m, width = head.weight.shape
+    rtol = max(m, width) * _EPS
     exact = head.weight.dtype == torch.float64 or m * width**2 < _SMALL or p is not None
-    for dtype in (torch.float64,) if exact else (torch.float32, torch.float64):
+
+    def build(dtype: torch.dtype) -> Tensor:
         gram = _cross(head, head, dtype, centred, p)
-        bulk = float(gram.trace() - (0 if centred else m * head.mean.square().sum())) / width
         gram.diagonal().add_(ridge)
-        cholesky, info = torch.linalg.cholesky_ex(gram)
-        smallest = 0.0 if int(info) else _smallest(cholesky)
+        return gram
+
+    for dtype in (torch.float64,) if exact else (torch.float32, torch.float64):
+        factor, info = build(dtype), torch.empty(0, dtype=torch.int32, device=head.weight.device)
+        size = float(factor.norm())
+        bulk = float(factor.trace() - (0 if centred else m * head.mean.square().sum())) / width
+        torch.linalg.cholesky_ex(factor, out=(factor, info))  # in place: a second matrix would double the peak
+        smallest = 0.0 if int(info) else _smallest(factor)
         if smallest * _SPREAD >= bulk:
             break
-    rtol = max(m, width) * _EPS
-    return _Gram(gram, cholesky if smallest > rtol * float(gram.norm()) else None, rtol, dtype)
+    definite = smallest > rtol * size
+    return _Gram(factor if definite else build(dtype), definite, rtol, dtype)
 
 
-def _unit(rows: Tensor) -> Tensor:
-    """Rows over their norms; a zero row (a padding token) stays zero."""
+def _norms(rows: Tensor) -> Tensor:
+    """What to divide rows by: their norms, and 1 for a zero row (a padding token), which so stays zero."""
     norms = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    return rows / torch.where(norms == 0, 1.0, norms)
+    return torch.where(norms == 0, 1.0, norms)
 
 
 def _out_dtype(*tensors: Tensor) -> torch.dtype:
@@ -188,21 +198,23 @@ def semantic_bases(
     out = torch.empty(head.shape, dtype=_out_dtype(head), device=head.device)
     for start in range(0, len(head), _CHUNK):
         rows = checked.rows(start, dtype) if factor is None else checked.rows(start, dtype) @ factor
-        out[start : start + _CHUNK] = _unit(rows) if unit else rows
+        out[start : start + _CHUNK] = rows / _norms(rows) if unit else rows
     return out.T
 
 
 def _paper(teacher: _Head, student: _Head, ridge: float) -> Tensor:
     """S_S S_T' of unit-norm dual bases, of which a chunk at a time exists."""
-    inverses = []
-    for head in (student, teacher):
+
+    def inverse(head: _Head) -> Tensor:
         gram = _gram(head, ridge)
-        inverses.append(gram.power(-1).to(gram.dtype))
-        del gram  # before the next head's is made
+        return gram.power(-1).to(gram.dtype)
+
+    inverses = [inverse(student), inverse(teacher)]
     out = torch.zeros(len(student.mean), len(teacher.mean), dtype=torch.float64, device=student.weight.device)
     for start in range(0, len(student.weight), _CHUNK):
-        s, t = (_unit(h.rows(start, i.dtype) @ i) for h, i in zip((student, teacher), inverses, strict=True))
-        out += s.to(torch.promote_types(s.dtype, t.dtype)).T @ t.to(torch.promote_types(s.dtype, t.dtype))
+        s, t = (h.rows(start, i.dtype) @ i for h, i in zip((student, teacher), inverses, strict=True))
+        common = torch.promote_types(s.dtype, t.dtype)
+        out += s.div_(_norms(s)).to(common).T @ t.div_(_norms(t)).to(common)
     return out
 
 
@@ -314,7 +326,7 @@ def hidden_map(teacher_hidden: Tensor, student_hidden: Tensor, *, ridge: float =
 
 def recompose(hidden: Tensor, matrix: Tensor) -> Tensor:
     """h* = M h/|h| (equations 1 and 2): states h (..., D_T) and M (D_S, D_T) to targets (..., D_S); zero stays zero."""
-    return _unit(hidden) @ matrix.to(hidden).T
+    return (hidden / _norms(hidden)) @ matrix.to(hidden).T
 
 
 def decompose(hidden: Tensor, bases: Tensor, *, top: int | None = None) -> tuple[Tensor, Tensor]:
@@ -323,7 +335,7 @@ def decompose(hidden: Tensor, bases: Tensor, *, top: int | None = None) -> tuple
     Returns:
         The ``top`` coefficients (all m by default) and the token ids they belong to.
     """
-    values, tokens = (_unit(hidden) @ bases.to(hidden)).topk(bases.shape[1] if top is None else top, dim=-1)
+    values, tokens = (hidden / _norms(hidden) @ bases.to(hidden)).topk(bases.shape[1] if top is None else top, dim=-1)
     return values, tokens
 
 

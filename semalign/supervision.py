@@ -417,8 +417,8 @@ def _problem(folder: Path, key: str) -> str | None:
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         broken = [n for n, facts in manifest["arrays"].items() if _checksum(folder / f"{n}.npy") != facts["sha256"]]
-    except (OSError, ValueError, KeyError) as error:
+        if manifest["key"] != key:
+            return "its key differs"
+    except (OSError, ValueError, LookupError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
-    if manifest["key"] != key:
-        return "its key differs"
     return f"the checksum of {', '.join(broken)} differs" if broken else None

@@ -55,7 +55,9 @@ def test_cells_are_short_and_define_nothing_large() -> None:
             for node in ast.walk(ast.parse(cell.source)):
                 assert not isinstance(node, ast.ClassDef), f"{path.stem} defines a class"
                 if isinstance(node, ast.FunctionDef):
-                    assert node.end_lineno is not None and node.end_lineno - node.lineno < 10, f"{path.stem}: {node.name}"
+                    assert node.end_lineno is not None and node.end_lineno - node.lineno < 10, (
+                        f"{path.stem}: {node.name}"
+                    )
     assert max(lengths) <= 30
     assert statistics.median(lengths) <= 8
     assert statistics.quantiles(lengths, n=10)[-1] <= 20

@@ -57,12 +57,16 @@ def test_smoke_profile_from_a_failing_notebook_to_the_book(copy: Path) -> None:
     source = edit(broken, at, "raise ArithmeticError('the planted error')")
     failed = command(copy, "run", "smoke", "--cores", "1")
     assert failed.returncode != 0
-    said = f"notebook 03_pairing failed in cell {at + 1}: ArithmeticError: the planted error"  # one injected cell before
+    said = (
+        f"notebook 03_pairing failed in cell {at + 1}: ArithmeticError: the planted error"  # one injected cell before
+    )
     assert said in failed.stdout.replace(f"cell {at}:", f"cell {at + 1}:"), failed.stdout
     kept = (copy / "results/smoke/notebooks/03_pairing.ipynb").read_text()
     assert "ArithmeticError" in kept and "Traceback" in kept
     first = times(copy)
-    assert set(first) == {"00_models_and_data", "01_semantics", "02_importance"} or set(first) == set(pipeline.ORDER) - {
+    assert set(first) == {"00_models_and_data", "01_semantics", "02_importance"} or set(first) == set(
+        pipeline.ORDER
+    ) - {
         "03_pairing",
         *(n for n, before in pipeline.ORDER.items() if "03_pairing" in before),
     }

@@ -8,7 +8,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
-def tiny_llama(n_layers: int = 3, hidden: int = 32, vocab: int = 97, seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
+def tiny_llama(
+    n_layers: int = 3, hidden: int = 32, vocab: int = 97, seed: int = 0, **overrides: Any
+) -> LlamaForCausalLM:
     """A seeded random Llama in float32 and eval mode: ``n_layers`` layers of width ``hidden`` over ``vocab`` tokens."""
     torch.manual_seed(seed)
     settings: dict[str, Any] = {
