@@ -42,8 +42,8 @@ book: setup ## run the notebooks of PROFILE and build the book
 notebooks: setup ## run the notebooks of PROFILE without building the book
 	@SEMALIGN_MAKE_PID=$$PPID $(BIN)/python -m semalign.pipeline run $(PROFILE) --cores $(CORES) --until notebooks
 
-test: setup ## the test suite
-	@$(BIN)/python -m pytest tests
+test: setup ## the test suite, a file at a time on each core
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadfile
 
 bench: setup ## measure speed and memory against the obvious alternatives
 	@for script in tests/bench/bench_*.py; do $(BIN)/python $$script || exit 1; done

@@ -78,7 +78,8 @@ def layer_attribution(
 
     Args:
         model: a causal LM; it is left as it was found.
-        batch: ``input_ids``, ``attention_mask`` and ``labels``, each (B, T), padded on the right.
+        batch: ``input_ids``, ``attention_mask`` and ``labels``, each (B, T), padded on the right. No supervised token
+            looks at the padding behind it, so its gradient, and with it its score, is exactly 0.
         point: ``stream`` (the layer's output), ``residual`` (what the whole layer adds, with the gradient of its
             output), ``mlp`` or ``attention`` (what the sublayer adds).
         reduce: ``signed`` sum, sum of absolute values, or ``l2`` norm, over tokens and channels.
@@ -100,9 +101,8 @@ def layer_attribution(
     with _graph_from_embeddings(model), capture(model, taps) as seen:
         loss = objective(model, batch)
         gradients = torch.autograd.grad(loss, [seen[k, read] for k in layers])
-    real = batch["attention_mask"].bool()
     products = [seen[k, point].detach().float() * g.float() for k, g in zip(layers, gradients, strict=True)]
-    scores = torch.stack([_reduce(product, reduce) * real for product in products])
+    scores = torch.stack([_reduce(product, reduce) for product in products])
     if not per_token:
         scores = scores.sum((1, 2))
     return scores.sqrt() if reduce == "l2" else scores
@@ -155,5 +155,4 @@ def neuron_attribution(model: Model, batch: Batch) -> Tensor:
     finally:
         for handle in handles:
             handle.remove()
-    real = batch["attention_mask"].bool()[..., None]
-    return torch.stack([(seen[i].detach() * g * real).float().sum((0, 1)) for i, g in enumerate(gradients)])
+    return torch.stack([(seen[i].detach() * g).float().sum((0, 1)) for i, g in enumerate(gradients)])

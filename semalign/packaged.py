@@ -146,7 +146,12 @@ def trained_folder() -> Path:
 def _write_trained(folder: Path) -> None:
     from semalign import classroom
 
-    classroom.short(folder, tokens=SHORT_TOKENS)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as fast for matrices this small, and the same result whatever the number of cores
+    try:
+        classroom.short(folder, tokens=SHORT_TOKENS)
+    finally:
+        torch.set_num_threads(threads)
     shutil.rmtree(folder / "work")  # checkpoints
     tokenizer = classroom.load_tokenizer(folder)
     for name in SHORT:
