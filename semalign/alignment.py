@@ -512,6 +512,9 @@ def _epochs(run: _Run, stage: _Stage, folder: Path, state: dict[str, Any]) -> st
     total = config.epochs * math.ceil(run.n_train / config.batch)
     plan = [(e, b) for e in range(1, config.epochs + 1) for b in batches(lengths, config.batch, config.seed, e)]
     good = _copy(stage.parameters)
+    if validation and state["step"] == 0:  # what training starts from
+        record = {"step": 0, "epoch": 0, "stage": state["stage"] + 1, "split": "validation", "lr": 0.0}
+        run.log.append({**record, **_measure(run, stage, validation, train=False)})
     for step, (epoch, examples) in enumerate(plan, start=1):
         if step <= state["step"]:
             continue

@@ -419,7 +419,8 @@ def test_learning_rate_warms_up_then_falls_or_stays() -> None:
 
 def test_validation_losses_follow_each_epoch_and_change_nothing() -> None:
     watched, alone = (transfer(make_pair(), task(8, validation=n), settings()) for n in (3, 0))
-    assert [r["split"] for r in watched.log] == ["train", "train", "validation"] * 2
+    assert [r["split"] for r in watched.log] == ["validation", *["train", "train", "validation"] * 2]
+    assert [r["step"] for r in watched.log if r["split"] == "validation"] == [0, 2, 4]
     assert losses(watched) == pytest.approx(losses(alone), abs=1e-6)
     records = [r for r in watched.log if r["split"] == "train"]
     assert all(r["loss"] == pytest.approx(r["layer_loss"] + r["output_loss"], abs=1e-6) for r in records)
