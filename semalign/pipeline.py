@@ -137,7 +137,6 @@ def run_notebook(name: str, profile: str, results: Path) -> Path:
     """
     import papermill
     from papermill.exceptions import PapermillExecutionError
-    from traitlets.config import Config
 
     source, target = ROOT / "notebooks" / f"{name}.ipynb", results / "notebooks" / f"{name}.ipynb"
     metrics = results / "metrics" / f"{name}.json"
@@ -164,9 +163,8 @@ def run_notebook(name: str, profile: str, results: Path) -> Path:
                 begin(cell, cell_index, **kw)
 
             nb_man.cell_start = announce
-            local = Config({"KernelManager": {"transport": "ipc"}})  # no ports, so no race for them between notebooks
-            quiet = ["--IPKernelApp.log_level=50"]  # the kernel reports its own shutdown as an error
-            super().execute_managed_notebook(nb_man, kernel_name, config=local, extra_arguments=quiet, **kwargs)
+            quiet = ["--IPKernelApp.log_level=50"]  # the kernel reports its transport and its shutdown
+            super().execute_managed_notebook(nb_man, kernel_name, extra_arguments=quiet, **kwargs)
 
     papermill.engines.papermill_engines.register("progress", Progress)
     try:
