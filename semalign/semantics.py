@@ -73,7 +73,7 @@ def _head(weight: Tensor, gain: Tensor | None, name: str) -> _Head:
     weight, gain = weight.detach(), None if gain is None else gain.detach().to(weight.device)
     mean = weight.new_zeros(weight.shape[1], dtype=torch.float64)
     for chunk in weight.split(_CHUNK):
-        mean += chunk.sum(0, dtype=torch.float64) / len(weight)
+        mean += chunk.sum(0, dtype=_out_dtype(chunk)) / len(weight)
     mean = mean if gain is None else mean * gain.double()
     if not mean.isfinite().all():
         raise ValueError(f"the {name} or its gain holds NaN or infinite entries: load a sound checkpoint")
