@@ -410,7 +410,8 @@ def test_no_space_is_noticed_before_anything_is_written(
 ) -> None:
     monkeypatch.setattr(packaged.shutil, "disk_usage", lambda p: types.SimpleNamespace(free=1_000_000))
     monkeypatch.setattr(packaged, "EXPANSION", 1000)
-    with pytest.raises(ModelUnavailable, match=r"has 1 MB left and smollm2-135m-instruct-0.1.2-float32 needs \d+ MB.*SEMALIGN_CACHE"):
+    said = r"has 1 MB left and smollm2-135m-instruct-0.1.2-float32 needs \d+ MB.*SEMALIGN_CACHE"
+    with pytest.raises(ModelUnavailable, match=said):
         load_model(PACKAGED)
     assert not list((tmp_path / "cache").glob("smollm2*"))
 
