@@ -28,6 +28,14 @@ BASIS_COLOURS = {"dual": "#d55e00", "primal": "#0072b2", "tight": "#441166", "ra
 """A fixed colour for every kind of semantic basis."""
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all, making its folder: a reader sees the old text or the new one, never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    fresh.write_text(text, encoding="utf-8")
+    os.replace(fresh, path)
+
+
 def save_metrics(
     path: str | Path, metrics: Mapping[str, Any], *, seeds: Sequence[int], profile: str, wall_s: float | None = None
 ) -> None:
@@ -42,11 +50,7 @@ def save_metrics(
         ValueError: a number is not finite (None stands for what does not exist) or a value is no json; it says where.
     """
     content = {"metrics": _plain(metrics, "metrics"), "provenance": _provenance(seeds, profile, wall_s)}
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    fresh.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(fresh, path)
+    write_text(Path(path), json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def load_metrics(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:

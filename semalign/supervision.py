@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from semalign.models import Model, decoder, decoder_layers, fingerprint, sublayers
+from semalign.report import write_text
 
 POINTS = ("stream", "residual", "mlp", "attention")
 IGNORED = -100
@@ -53,10 +54,8 @@ class TaskData:
 
 
 def save_task(data: TaskData, path: Path) -> None:
-    """Write a task's splits as json, under a temporary name first."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    fresh.write_text(json.dumps(asdict(data)), encoding="utf-8")
-    os.replace(fresh, path)
+    """Write a task's splits as json."""
+    write_text(path, json.dumps(asdict(data)))
 
 
 def load_task(path: Path) -> TaskData:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -30,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 from semalign.alignment import TransferConfig, batches, learning_rate, transfer  # noqa: E402
 from semalign.models import Pair  # noqa: E402
+from semalign.report import write_text  # noqa: E402
 from semalign.supervision import (  # noqa: E402
     Encoded,
     Example,
@@ -235,11 +235,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for variant, size in peaks.items():
         print(f"{variant:>14} {size / 2**30:6.2f} GiB  {size / peaks['sft']:5.2f} of sft")
     report = {"epoch": rows, "peak_bytes": peaks, "threads": torch.get_num_threads(), "quick": arguments.quick}
-    path = ROOT / "results" / "bench" / "alignment.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(report, indent=1))
-    os.replace(partial, path)
+    write_text(ROOT / "results" / "bench" / "alignment.json", json.dumps(report, indent=1))
     return report
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from semalign.attribution import layer_attribution  # noqa: E402
 from semalign.models import decoder_layers  # noqa: E402
+from semalign.report import write_text  # noqa: E402
 
 
 def smollm2(depth: int, vocabulary: int) -> LlamaForCausalLM:
@@ -107,11 +107,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     print(f"{'layers':>6} {'ours s':>8} {'captum s':>9} {'faster':>7} {'cpu':>7} {'difference':>12}")
     rows = [measure(depth, *shape) for depth in (30, 15, 8, 4)]
     report = {"depths": rows, "threads": torch.get_num_threads(), "quick": arguments.quick}
-    path = ROOT / "results" / "bench" / "attribution.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(report, indent=1))
-    os.replace(partial, path)
+    write_text(ROOT / "results" / "bench" / "attribution.json", json.dumps(report, indent=1))
     return report
 
 

@@ -37,6 +37,7 @@ from semalign.benchmarks import _ask, _quiet, evaluate, sandbox  # noqa: E402
 from semalign.benchmarks.answers import program  # noqa: E402
 from semalign.benchmarks.data import Row, load_items, sample  # noqa: E402
 from semalign.benchmarks.engine import SharedPrefixLM  # noqa: E402
+from semalign.report import write_text  # noqa: E402
 
 
 def packaged_or_random() -> tuple[Any, Any, str]:
@@ -127,11 +128,7 @@ SCORES = (  # task, protocol, questions, batch size, tokens an answer
 
 
 def write(name: str, content: Any) -> None:
-    path = ROOT / "results" / "bench" / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1))
-    os.replace(part, path)
+    write_text(ROOT / "results" / "bench" / name, json.dumps(content, indent=1))
 
 
 def scores(folder: str | None, quick: bool) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from torch import Tensor
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
+from semalign.report import write_text  # noqa: E402
 from semalign.semantics import recompose, semantic_map  # noqa: E402
 
 CASES = {  # m, D_T, D_S
@@ -196,11 +196,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "quick": arguments.quick,
     }
-    path = ROOT / "results" / "bench" / "semantics.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(report, indent=1))
-    os.replace(partial, path)
+    write_text(ROOT / "results" / "bench" / "semantics.json", json.dumps(report, indent=1))
     return report
 
 
