@@ -134,7 +134,7 @@ def trained_folder() -> Path:
     """
     from semalign import classroom
 
-    code = [p for p in sorted(Path(classroom.__file__).parent.iterdir()) if p.suffix in (".py", ".csv")]
+    code = [p for p in sorted(Path(classroom.__file__).parent.iterdir()) if p.suffix in (".py", ".csv", ".json")]
     digest = hashlib.sha256(b"".join(p.read_bytes() for p in code)).hexdigest()[:12]
     folder = cache_folder() / f"short-{SHORT_TOKENS}-{digest}"
     if not _intact(folder):

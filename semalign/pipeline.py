@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 ORDER: dict[str, tuple[str, ...]] = {
     "00_models_and_data": (),
-    "01_semantics": ("00_models_and_data",),
+    "01_semantics": (),
     "02_importance": ("00_models_and_data",),
     "03_pairing": ("02_importance",),
     "04_alignment": ("03_pairing",),
@@ -41,9 +41,13 @@ class NotebookFailed(RuntimeError):
     """A notebook stopped with an error; the message names the notebook, the cell and the error."""
 
 
-def sources(notebook: nbformat.NotebookNode) -> list[tuple[str, str, list[str]]]:
-    """What a notebook says and does, without outputs and execution counts: (type, source, tags) of each cell."""
-    return [(c.cell_type, c.source, sorted(c.metadata.get("tags", []))) for c in notebook.cells]
+def sources(notebook: nbformat.NotebookNode) -> list[tuple[str, str, list[str], dict[str, Any]]]:
+    """What a notebook says and does, without outputs and counts: type, source, tags and caption of each cell."""
+    found = []
+    for cell in notebook.cells:
+        said = cell.metadata
+        found.append((cell.cell_type, cell.source, sorted(said.get("tags", [])), dict(said.get("mystnb", {}))))
+    return found
 
 
 def _digest(*parts: object) -> str:
