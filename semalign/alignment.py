@@ -17,9 +17,9 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +53,18 @@ from semalign.supervision import (
 CHOICES = {
     "interface": ("mlp", "attention", "residual", "stream"),
     "layer_loss": ("cosine", "mse", "relational"),
-    "output_loss": ("cosine", "ce", "kl", "none"),
+    "output_loss": ("cosine", "ce", "kl", "reverse_kl", "jsd", "none"),
+    "targets": ("teacher", "random", "scrambled"),
     "trained": ("lora", "layer"),
     "schedule": ("joint", "frontier"),
     "lr_schedule": ("linear", "constant"),
 }
+DIVERGENCES = ("kl", "reverse_kl", "jsd")  # the output losses that read the teacher's distribution
 DIVERGED = 10.0  # a loss above this many first-epoch medians stops the run
 LOGITS = 2**24  # logits in memory at once
+TERMS = ("layer_loss", "output_loss", "label_loss")
+EXACT_SVD = 1024  # widths up to this get an exact decomposition for PiSSA; wider ones subspace iteration
+PROJECTION = "_projection"  # the name of P among the student's parameters while it trains
 IN_MEMORY = 2**30  # bytes of cached layer inputs that stay in memory; more go to a file
 
 
@@ -70,7 +75,7 @@ class TransferConfig:
     Ours: ``lora_alpha`` 32, linear decay after 3 % warm-up, no weight decay, gains not folded into the map.
     """
 
-    layers: tuple[int, ...] | None = None  # student layers k; None: the critical pair of the attribution
+    layers: tuple[int, ...] | str | None = None  # student layers k, or "all"; None: the attribution's critical pair
     teacher_layers: tuple[int, ...] | None = None  # one for each of ``layers``; None: the depth rule l(k)
     interpolate: bool = False  # the exact depth between two teacher layers instead of l(k)
     attribution_point: str = "stream"
@@ -83,10 +88,14 @@ class TransferConfig:
     output_loss: str = "cosine"
     layer_weight: float = 1.0
     output_weight: float = 1.0
+    label_weight: float = 0.0  # of a cross-entropy with the labels beside the output loss
+    targets: str = "teacher"  # controls: random directions, or the teacher's states at other positions
+    projection: Tensor | str | None = None  # P (D', D_S) or "random", trained with k: P h_k is compared with the target
     trained: str = "lora"
     lora_rank: int = 16
     lora_alpha: int = 32
     lora_targets: tuple[str, ...] = ("up_proj", "down_proj", "v_proj", "o_proj")
+    adapters: Mapping[str, tuple[Tensor, Tensor]] | str | None = None  # LoRA's start: (B, A) a module, or "pissa"
     schedule: str = "joint"  # frontier: the layers one after another, shallow to deep, each for all epochs
     epochs: int = 5
     batch: int = 64
@@ -108,6 +117,10 @@ class TransferConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(known)}")
         if self.teacher_layers is not None and len(self.teacher_layers) != len(self.layers or ()):
             raise ValueError("teacher_layers names one teacher layer for each of layers: give both, of one length")
+        if isinstance(self.projection, str) and self.projection != "random":
+            raise ValueError(f'projection={self.projection!r} is neither "random" nor a matrix')
+        if isinstance(self.layers, str) and self.layers != "all":
+            raise ValueError(f'layers={self.layers!r} is neither "all" nor a tuple of layer numbers')
 
 
 @dataclass
@@ -167,21 +180,33 @@ def transfer(pair: Pair, data: TaskData, config: TransferConfig | None = None) -
         encoded = encode(pair.tokenizer, data.train + data.validation, max_length=config.max_length)
         layers, supervision, vocabulary = _supervise(pair, data, encoded, config, scratch)
         student = pair.load_student().eval()
+        if isinstance(config.projection, str):
+            config = replace(config, projection=_random_projection(supervision, student, config.seed))
         key = _run_key(config, student, supervision.key, layers, len(data.train))
         run = _Run(config, student, encoded, len(data.train), supervision, layers, vocabulary, key)
         run.factor = head_factor(student) if config.output_loss == "cosine" else None
         trained, n_trained = _train(run, scratch)
-    cost = {
-        "wall_s": time.perf_counter() - start,
-        "inputs_s": run.inputs_s,
-        "train_s": run.train_s,
-        "peak_memory_bytes": peak_memory(),
-        "teacher_tokens": float(supervision.teacher_tokens),
-        "student_tokens": float(run.tokens),
-        "trainable_parameters": float(n_trained),
-        "cached_bytes_per_token": supervision.bytes_per_token,
-    }
+    cost = costs(
+        wall_s=time.perf_counter() - start,
+        inputs_s=run.inputs_s,
+        train_s=run.train_s,
+        teacher_tokens=float(supervision.teacher_tokens),
+        student_tokens=float(run.tokens),
+        trainable_parameters=float(n_trained),
+        cached_bytes_per_token=supervision.bytes_per_token,
+    )
     return TransferResult(student, trained, cost, run.log)
+
+
+def costs(**known: float) -> dict[str, float]:
+    """What every method reports: seconds, bytes, tokens and trained numbers; what it did not spend is 0.
+
+    ``wall_s`` all of it, ``inputs_s`` and ``train_s`` parts of it; ``peak_memory_bytes`` of this process so far;
+    ``teacher_tokens`` and ``student_tokens`` read; ``cached_bytes_per_token`` on disk a supervised position.
+    """
+    names = ("wall_s", "inputs_s", "train_s", "teacher_tokens", "student_tokens", "trainable_parameters")
+    none = dict.fromkeys((*names, "cached_bytes_per_token"), 0.0)
+    return {**none, "peak_memory_bytes": peak_memory(), **known}
 
 
 def peak_memory() -> float:
@@ -199,25 +224,26 @@ def _supervise(
     n_student, head, gain = len(decoder_layers(student)), head_weight(student).clone(), norm_gain(student).clone()
     del student
     gc.collect()
+    layers = tuple(range(1, n_student + 1)) if isinstance(config.layers, str) else config.layers
+    folder, divergence = config.cache_folder or scratch / "supervision", config.output_loss in DIVERGENCES
+    if layers is not None and not config.layer_weight and not divergence:  # the labels alone: no teacher is needed
+        return _checked(layers, n_student), SupervisionCache.build(folder, None, encoded, ()), len(head)
     teacher = pair.load_teacher()
-    layers, sources = _choose(pair, teacher, data, n_student, config)
+    layers, sources = choose_layers(pair, teacher, data, n_student, layers, config)
     vocabulary = min(len(head), len(head_weight(teacher)))
     matrix = config.map if isinstance(config.map, Tensor) else None
     if isinstance(config.map, str):
         gains: dict[str, Any] = {"teacher_gain": norm_gain(teacher), "student_gain": gain} if config.fold_gain else {}
         matrix = semantic_map(head_weight(teacher), head, kind=config.map, ridge=config.ridge, **gains)
-    shape = (head.shape[1], head_weight(teacher).shape[1])
-    given = (shape[1], shape[1]) if matrix is None else tuple(matrix.shape)
-    if given != shape and (matrix is not None or config.layer_loss != "relational"):
-        raise ValueError(f"map gives a matrix of shape {given}, and this pair needs (D_S, D_T) = {shape}")
+    _check_widths(config, matrix, head.shape[1], head_weight(teacher).shape[1])
     supervision = SupervisionCache.build(
-        config.cache_folder or scratch / "supervision",
+        folder,
         teacher,
         encoded,
-        sources,
-        matrix=matrix,
+        sources if config.layer_weight else (),
+        matrix=matrix if config.layer_weight else None,
         dtype=config.target_dtype,
-        top_k=min(config.top_k, vocabulary) if config.output_loss == "kl" else 0,
+        top_k=min(config.top_k, vocabulary) if divergence else 0,
         vocabulary=vocabulary,
     )
     del teacher
@@ -225,12 +251,28 @@ def _supervise(
     return layers, supervision, vocabulary
 
 
-def _choose(
-    pair: Pair, teacher: Model, data: TaskData, n_student: int, config: TransferConfig
+def _check_widths(config: TransferConfig, matrix: Tensor | None, d_s: int, d_t: int) -> None:
+    """The target M h_T must be as wide as what it is compared with: h_k, or P h_k."""
+    if not config.layer_weight:
+        return
+    given = (d_t, d_t) if matrix is None else tuple(matrix.shape)
+    projection, compared = config.projection, given[0] if config.projection is not None else d_s
+    if isinstance(projection, Tensor) and projection.shape != (compared, d_s):
+        raise ValueError(f"projection is {tuple(projection.shape)}, and this pair needs {(compared, d_s)}")
+    if given != (compared, d_t) and (matrix is not None or config.layer_loss != "relational"):
+        raise ValueError(f"map gives a matrix of shape {given}, and this pair needs (D_S, D_T) = {(compared, d_t)}")
+
+
+def choose_layers(
+    pair: Pair,
+    teacher: Model,
+    data: TaskData,
+    n_student: int,
+    layers: tuple[int, ...] | None,
+    config: TransferConfig,
 ) -> tuple[tuple[int, ...], list[Source]]:
     """Student layers, shallow first, and the teacher source of each (section 4.1)."""
     n_teacher = len(decoder_layers(teacher))
-    layers = config.layers
     if layers is None:
         examples = encode(pair.tokenizer, data.extract or data.align or data.train, max_length=config.max_length)
         scores = torch.zeros(n_teacher)
@@ -240,15 +282,20 @@ def _choose(
             part = layer_attribution(teacher, batch, point=point, reduce=reduce).cpu()
             scores += part * int(supervised(batch["labels"]).sum())
         layers = (critical_pair(int(scores.argmax()) + 1, n_teacher, n_student)[1],)
-    if not layers or len(set(layers)) != len(layers) or not all(1 <= k <= n_student for k in layers):
-        raise ValueError(f"layers={layers} must name different layers of a student of {n_student} layers, from 1")
+    ordered = _checked(layers, n_student)
     given = dict(zip(layers, config.teacher_layers or (), strict=False))
     sources = []
-    for k in sorted(layers):
+    for k in ordered:
         depth = given.get(k, depth_pairs(n_teacher, n_student)[k - 1])
         low, high, mix = interpolation(k, n_teacher, n_student) if config.interpolate else (depth, depth, 0.0)
         sources.append(Source(low, high, mix, config.interface))
-    return tuple(sorted(layers)), sources
+    return ordered, sources
+
+
+def _checked(layers: tuple[int, ...], n_student: int) -> tuple[int, ...]:
+    if not layers or len(set(layers)) != len(layers) or not all(1 <= k <= n_student for k in layers):
+        raise ValueError(f"layers={layers} must name different layers of a student of {n_student} layers, from 1")
+    return tuple(sorted(layers))
 
 
 def layer_loss(kind: str, h: Tensor, target: Tensor, norm: Tensor, counts: Sequence[int]) -> Tensor:
@@ -284,16 +331,16 @@ def head_factor(model: Model) -> Tensor | None:
     return (values.clamp_min(0).sqrt()[:, None] * vectors.T).float()
 
 
-def output_loss(run: _Run, final: Tensor, labels: Tensor, rows: np.ndarray) -> Tensor:
+def output_loss(run: _Run, final: Tensor, labels: Tensor, rows: np.ndarray, kind: str | None = None) -> Tensor:
     """The output term at each supervised position (n,) for normalised final states (n, D) and next tokens (n,)."""
-    kind, student = run.config.output_loss, run.student
+    kind, student = kind or run.config.output_loss, run.student
     if kind == "none":
         return torch.zeros(len(labels), device=final.device)
-    if run.factor is not None:
+    if kind == "cosine" and run.factor is not None:
         final = final.float()
         weight = student.get_output_embeddings().weight.detach()[labels].float()
         return 1 - (final * weight).sum(-1) / (final @ run.factor.T).norm(dim=-1)
-    top = run.supervision.teacher_top(rows) if kind == "kl" else ()
+    top = run.supervision.teacher_top(rows) if kind in DIVERGENCES else ()
     extra = [t.to(final.device) for t in top]
 
     def part(states: Tensor, y: Tensor, *teacher: Tensor) -> Tensor:
@@ -302,7 +349,7 @@ def output_loss(run: _Run, final: Tensor, labels: Tensor, rows: np.ndarray) -> T
             return F.cross_entropy(z, y, reduction="none")
         if kind == "cosine":
             return 1 - z.gather(1, y[:, None])[:, 0] / z.norm(dim=-1)
-        return _kl(z[:, : run.vocabulary], *teacher)
+        return divergence(kind, z[:, : run.vocabulary], *teacher)
 
     chunk = max(1, LOGITS // student.get_output_embeddings().weight.shape[0])
     pieces = list(zip(*(t.split(chunk) for t in (final, labels, *extra)), strict=True))
@@ -311,14 +358,27 @@ def output_loss(run: _Run, final: Tensor, labels: Tensor, rows: np.ndarray) -> T
     return torch.cat([checkpoint(part, *piece, use_reentrant=False) for piece in pieces])
 
 
-def _kl(z: Tensor, logp: Tensor, index: Tensor, tail: Tensor) -> Tensor:
-    """KL(teacher || student) (n,) over the teacher's top-k tokens and one bin for the rest; student logits (n, m)."""
-    logq = z.log_softmax(-1)
-    kl = (logp.exp() * (logp - logq.gather(1, index))).sum(-1)
-    if index.shape[1] == z.shape[1]:
-        return kl
-    rest = logq.scatter(1, index, -torch.inf).logsumexp(-1)
-    return kl + torch.special.xlogy(tail, tail) - tail * rest
+def divergence(kind: str, z: Tensor, logp: Tensor, index: Tensor, tail: Tensor) -> Tensor:
+    """Between teacher p and student q (n,), over the teacher's top-k tokens and one bin for the rest.
+
+    ``kl`` is KL(p || q), ``reverse_kl`` is KL(q || p), ``jsd`` the mean of both against (p + q) / 2. Student logits z
+    (n, m); the teacher's ``logp`` and ``index`` (n, k), and the mass of its rest ``tail`` (n,).
+    """
+    whole = z.log_softmax(-1)
+    logq = whole.gather(1, index)
+    if index.shape[1] < z.shape[1]:
+        rest = whole.scatter(1, index, -torch.inf).logsumexp(-1, keepdim=True)
+        logp, logq = torch.cat([logp, tail.clamp_min(1e-12).log()[:, None]], 1), torch.cat([logq, rest], 1)
+
+    def kl(a: Tensor, b: Tensor) -> Tensor:
+        return (a.exp() * (a - b)).sum(-1)
+
+    if kind == "kl":
+        return kl(logp, logq)
+    if kind == "reverse_kl":
+        return kl(logq, logp)
+    middle = torch.logaddexp(logp, logq) - math.log(2)
+    return (kl(logp, middle) + kl(logq, middle)) / 2
 
 
 @contextmanager
@@ -426,7 +486,8 @@ def _train(run: _Run, folder: Path) -> tuple[list[str], int]:
 def _train_stage(run: _Run, layers: tuple[int, ...], folder: Path, state: dict[str, Any]) -> tuple[set[str], int]:
     """Train ``layers`` together for all epochs and merge the result into the student."""
     config, student = run.config, run.student
-    last = max(layers) if config.output_loss == "none" else len(decoder_layers(student))
+    unread = config.output_loss == "none" and not config.label_weight
+    last = max(layers) if unread else len(decoder_layers(student))
     start = time.perf_counter()
     read = layer_inputs(student, run.data, layers[0], folder)
     run.inputs_s += time.perf_counter() - start
@@ -472,21 +533,66 @@ def _attach(
         changed = {f"{n}.weight" for n, m in modules.items() if m.weight.ndim >= 2}
         for name in changed:
             student.get_parameter(name).requires_grad_(True)
-        return changed, _trainable(student), lambda: student.requires_grad_(True)
+        _add_projection(student, config)
+        return changed, _trainable(student), lambda: _release(student)
     targets = [n for n in modules if n.rsplit(".", 1)[-1] in config.lora_targets]
     if not targets:
         known = ", ".join(sorted({n.rsplit(".", 1)[-1] for n in modules}))
         raise ValueError(f"lora_targets={config.lora_targets} are not in the student's layers, which hold {known}")
     torch.manual_seed(config.seed)
-    lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=0.0, target_modules=targets)
+    exact = min(head_weight(student).shape) <= EXACT_SVD
+    init: Any = ("pissa" if exact else "pissa_niter_16") if config.adapters == "pissa" else True
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=0.0,
+        target_modules=targets,
+        init_lora_weights=init,
+    )
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # peft's, of a transformers name
         adapted: Any = get_peft_model(student, lora)
+    if isinstance(config.adapters, Mapping):
+        _start_from({n: student.get_submodule(n) for n in targets}, config.adapters)
+    _add_projection(student, config)
 
     def merge() -> None:
         adapted.merge_and_unload()
-        student.requires_grad_(True)
+        _release(student)
 
     return {f"{n}.weight" for n in targets}, _trainable(student), merge
+
+
+def _add_projection(student: Model, config: TransferConfig) -> None:
+    """P becomes a parameter of the student while it trains, so that checkpoints and optimizer hold it."""
+    if isinstance(config.projection, Tensor):
+        at = next(student.parameters())
+        student.register_parameter(PROJECTION, nn.Parameter(config.projection.to(at.device, at.dtype, copy=True)))
+
+
+def _random_projection(supervision: SupervisionCache, student: Model, seed: int) -> Tensor:
+    """P (D', D_S) for targets of width D', entries of variance 1 / D_S."""
+    d_s = head_weight(student).shape[1]
+    shape = (supervision.arrays["target_0"].shape[1], d_s)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) / d_s**0.5
+
+
+def _release(student: Model) -> None:
+    if hasattr(student, PROJECTION):
+        delattr(student, PROJECTION)
+    student.requires_grad_(True)
+
+
+@torch.no_grad()
+def _start_from(modules: Mapping[str, Any], adapters: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Start LoRA at B (n, r), A (r, m): their product leaves the weight first, so that the function does not change."""
+    if set(modules) != set(adapters):
+        wrong = sorted(set(modules) ^ set(adapters))
+        raise ValueError(f"adapters must name the trained modules and no others; one list alone has {', '.join(wrong)}")
+    for name, module in modules.items():
+        weight, (b, a) = module.base_layer.weight, (t.to(module.base_layer.weight) for t in adapters[name])
+        weight -= module.scaling["default"] * (b @ a)
+        module.lora_A["default"].weight.copy_(a)
+        module.lora_B["default"].weight.copy_(b)
 
 
 def _trainable(model: Model) -> dict[str, nn.Parameter]:
@@ -554,12 +660,13 @@ def _measure(run: _Run, stage: _Stage, examples: list[int], *, train: bool) -> d
     """Means over the supervised positions of ``examples``, in micro-batches; with ``train`` also the gradients."""
     config, device = run.config, run.student.device
     rows_total = len(run.supervision.rows(examples))
-    sums: dict[str, float] = dict.fromkeys(("loss", "layer_loss", "output_loss", "cos", "norm_ratio"), 0.0)
+    sums: dict[str, float] = dict.fromkeys(("loss", *TERMS, "cos", "norm_ratio"), 0.0)
+    weights = (config.layer_weight, config.output_weight, config.label_weight)
     for at in range(0, len(examples), config.micro_batch):
         some = examples[at : at + config.micro_batch]
         with torch.set_grad_enabled(train), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             values = _terms(run, stage, some)
-        loss = config.layer_weight * values["layer_loss"] + config.output_weight * values["output_loss"]
+        loss = torch.stack([weight * values[term] for weight, term in zip(weights, TERMS, strict=True)]).sum()
         if train:
             (loss / rows_total).backward()
         for name, value in {**values, "loss": loss}.items():
@@ -573,13 +680,15 @@ def _terms(run: _Run, stage: _Stage, examples: list[int]) -> dict[str, Tensor]:
     config, device = run.config, run.student.device
     batch = collate([run.data[i] for i in examples], 0, device)
     mask, rows = supervised(batch["labels"]), run.supervision.rows(examples)
-    taps = [(k, config.interface) for k in stage.layers]
+    taps = [(k, config.interface) for k in stage.layers] if config.layer_weight else []
     with capture(run.student, taps) as seen:
         final = stage.forward(stage.read(examples), batch["attention_mask"])
-    sums: dict[str, Any] = dict.fromkeys(("layer_loss", "cos", "norm_ratio"), 0.0)
+    sums: dict[str, Any] = dict.fromkeys(("layer_loss", "cos", "norm_ratio"), torch.zeros((), device=device))
+    projection = getattr(run.student, PROJECTION, None)
     for tap in taps:
-        target, norm = (t.to(device) for t in run.supervision.target(run.layers.index(tap[0]), rows))
+        target, norm = _targets(run, run.layers.index(tap[0]), examples, rows)
         h = seen[tap][mask].float()
+        h = h if projection is None else h @ projection.float().T
         plain = h.detach()
         comparable = plain.shape == target.shape
         found = {
@@ -589,14 +698,42 @@ def _terms(run: _Run, stage: _Stage, examples: list[int]) -> dict[str, Tensor]:
         }
         sums = {n: sums[n] + found[n].sum() / len(taps) for n in sums}
     following = batch["labels"].roll(-1, dims=1)[mask]
-    return {**sums, "output_loss": output_loss(run, final[mask], following, rows).sum()}
+    sums["output_loss"] = output_loss(run, final[mask], following, rows).sum()
+    kind = "ce" if config.label_weight else "none"
+    return {**sums, "label_loss": output_loss(run, final[mask], following, rows, kind).sum()}
+
+
+def _targets(run: _Run, source: int, examples: list[int], rows: np.ndarray) -> tuple[Tensor, Tensor]:
+    """h* (n, D') and |h_T| (n,) of these examples, or a control's in their place, which is the same at every epoch."""
+    device, kind, seed = run.student.device, run.config.targets, run.config.seed
+    if kind == "scrambled":
+        rows = np.random.default_rng(seed).permutation(int(run.supervision.arrays["offsets"][-1]))[rows]
+    target, norm = (t.to(device) for t in run.supervision.target(source, rows))
+    if kind == "random":
+        draws = [
+            np.random.default_rng((seed, source, i)).standard_normal((len(run.supervision.rows([i])), target.shape[1]))
+            for i in examples
+        ]
+        noise = torch.from_numpy(np.concatenate(draws)).to(target)
+        target = F.normalize(noise, dim=-1) * target.norm(dim=-1, keepdim=True)
+    return target, norm
 
 
 def _run_key(config: TransferConfig, student: Model, supervision: str, layers: tuple[int, ...], n_train: int) -> str:
     """sha256 over everything that determines the trained student (the supervision key holds teacher, data and map)."""
-    skipped = ("folder", "cache_folder", "checkpoint_every", "map")
+    skipped = ("folder", "cache_folder", "checkpoint_every", "map", "adapters", "projection")
     settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in skipped}
-    return hashlib.sha256(f"{settings} {layers} {n_train} {supervision} {fingerprint(student)}".encode()).hexdigest()
+    digest = hashlib.sha256(f"{settings} {layers} {n_train} {supervision} {fingerprint(student)}".encode())
+    given: dict[str, tuple[Tensor, ...]] = {}
+    if isinstance(config.adapters, Mapping):
+        given |= config.adapters
+    elif config.adapters:
+        given[config.adapters] = ()
+    if isinstance(config.projection, Tensor):
+        given[PROJECTION] = (config.projection,)
+    for name, tensors in given.items():
+        digest.update(name.encode() + b"".join(t.detach().cpu().contiguous().numpy().tobytes() for t in tensors))
+    return digest.hexdigest()
 
 
 def _save(path: Path, content: Any) -> None:

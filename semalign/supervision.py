@@ -206,7 +206,7 @@ class SupervisionCache:
     def build(
         cls,
         root: str | Path,
-        teacher: Model,
+        teacher: Model | None,
         data: Sequence[Encoded],
         sources: Sequence[Source],
         *,
@@ -219,6 +219,7 @@ class SupervisionCache:
         """Find the cache of exactly these inputs under ``root``, or run the teacher once and write it.
 
         Args:
+            teacher: None where nothing of it is kept: no ``sources`` and no ``top_k``.
             matrix: M (D_S, D_T), or None for the identity.
             dtype: ``float16`` or ``float32``, of targets and top-k log-probabilities.
             top_k: how many of the teacher's log-probabilities to keep a position; 0 stops the teacher after the last
@@ -229,7 +230,7 @@ class SupervisionCache:
             ValueError: an unknown point, a layer that the teacher lacks, or a target that is not finite.
             OSError: the disk cannot hold the cache; nothing is left behind.
         """
-        depth = len(decoder_layers(teacher))
+        depth = 0 if teacher is None else len(decoder_layers(teacher))
         for source in sources:
             if source.point not in POINTS or not 1 <= source.low <= source.high <= depth:
                 raise ValueError(f"{source} is not in a teacher of {depth} layers with points {', '.join(POINTS)}")
@@ -243,11 +244,15 @@ class SupervisionCache:
                 warnings.warn(f"the supervision cache {final} is damaged ({problem}) and is rebuilt", stacklevel=2)
                 shutil.rmtree(final)
             if not final.exists():
-                width: Any = decoder(teacher).config.hidden_size if matrix is None else len(matrix)  # type: ignore[union-attr]
+                width = 0
+                if sources and teacher is not None:
+                    width = decoder(teacher).config.hidden_size if matrix is None else len(matrix)  # type: ignore[union-attr, assignment]
                 with _reserved(root, final, _shapes(data, len(sources), width, dtype, top_k)) as arrays:
-                    _fill(arrays, teacher, data, sources, matrix, vocabulary, batch_tokens)
+                    arrays["offsets"][:] = np.cumsum([0] + [int(supervised(e.labels).sum()) for e in data])
+                    if teacher is not None:
+                        _fill(arrays, teacher, data, sources, matrix, vocabulary, batch_tokens)
                     _seal(arrays, {"key": key, "version": VERSION, "sources": [asdict(s) for s in sources]})
-                tokens = sum(len(e.input_ids) for e in data)
+                tokens = sum(len(e.input_ids) for e in data) if teacher is not None else 0
         names = json.loads((final / "manifest.json").read_text())["arrays"]
         return cls(final, key, {n: np.load(final / f"{n}.npy", mmap_mode="r") for n in names}, tokens)
 
@@ -276,9 +281,9 @@ def _rows(offsets: np.ndarray, examples: Sequence[int]) -> np.ndarray:
     return np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in examples])
 
 
-def _key(teacher: Model, data: Sequence[Encoded], *rest: Any) -> str:
+def _key(teacher: Model | None, data: Sequence[Encoded], *rest: Any) -> str:
     """sha256 over everything that determines the cache."""
-    digest = hashlib.sha256(f"{VERSION} {fingerprint(teacher)}".encode())
+    digest = hashlib.sha256(f"{VERSION} {fingerprint(teacher) if teacher is not None else None}".encode())
     for part in [t for e in data for t in (e.input_ids, e.labels)] + list(rest):
         raw = part.detach().cpu().contiguous().numpy().tobytes() if isinstance(part, Tensor) else b""
         digest.update(f"{getattr(part, 'shape', part)}|".encode() + raw)
@@ -353,7 +358,6 @@ def _fill(
     """Run the teacher over batches of similar length and write every array."""
     device = next(teacher.parameters()).device
     matrix = None if matrix is None else matrix.to(device, torch.float32)
-    arrays["offsets"][:] = np.cumsum([0] + [int(supervised(e.labels).sum()) for e in data])
     taps = {(layer, s.point) for s in sources for layer in (s.low, s.high)}
     last = len(decoder_layers(teacher)) if "tail" in arrays else max(layer for layer, _ in taps)
     teacher.eval()

@@ -238,7 +238,7 @@ def test_cosine_with_the_onehot_is_that_of_the_models_logits(make: Callable[[], 
     torch.testing.assert_close(alignment.output_loss(run, final, labels, None), expected, atol=1e-5, rtol=1e-4)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("kind", ["ce", "kl"])
+@pytest.mark.parametrize("kind", ["ce", "kl", "reverse_kl", "jsd"])
 def test_output_losses_in_chunks_equal_the_plain_ones_with_gradients(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,8 +253,10 @@ def test_output_losses_in_chunks_equal_the_plain_ones_with_gradients(
     if kind == "ce":
         expected = F.cross_entropy(z, labels, reduction="none")
     else:
-        logp = goal(batch["input_ids"]).logits[mask].log_softmax(-1).detach()
-        expected = (logp.exp() * (logp - z.log_softmax(-1))).sum(-1)
+        logp, logq = goal(batch["input_ids"]).logits[mask].log_softmax(-1).detach(), z.log_softmax(-1)
+        middle = (0.5 * logp.exp() + 0.5 * logq.exp()).log()
+        parts = {"kl": [(logp, logq)], "reverse_kl": [(logq, logp)], "jsd": [(logp, middle), (logq, middle)]}[kind]
+        expected = torch.stack([(a.exp() * (a - b)).sum(-1) for a, b in parts]).mean(0)
     (gradient,) = torch.autograd.grad(expected.sum(), final)
     for budget in (2**24, 3 * 97):
         monkeypatch.setattr(alignment, "LOGITS", budget)
@@ -270,9 +272,12 @@ def test_top_k_kl_is_zero_for_the_teacher_itself_and_never_above_the_full_one() 
     for k in (1, 8, 50):
         top, index = logp.topk(k)
         tail = 1 - top.exp().sum(-1) if k < 50 else torch.zeros(5)
-        torch.testing.assert_close(alignment._kl(z, top, index, tail), torch.zeros(5), atol=1e-5, rtol=0)
-        part = alignment._kl(other, top, index, tail)
-        assert (part <= full + 1e-5).all() and (part >= -1e-6).all()
+        for kind in alignment.DIVERGENCES:
+            own = alignment.divergence(kind, z, top, index, tail)
+            torch.testing.assert_close(own, torch.zeros(5), atol=1e-5, rtol=0)
+            assert (alignment.divergence(kind, other, top, index, tail) > 0).all()
+        part = alignment.divergence("kl", other, top, index, tail)
+        assert (part <= full + 1e-5).all()
     torch.testing.assert_close(part, full, atol=1e-5, rtol=1e-4)
 
 
@@ -572,3 +577,111 @@ def test_defaults_are_the_papers() -> None:
     assert (c.batch, c.lr, c.epochs, c.lora_rank, c.map, c.interface) == (64, 3e-4, 5, 16, "paper", "mlp")
     assert (c.layer_loss, c.output_loss, c.layer_weight, c.output_weight) == ("cosine", "cosine", 1.0, 1.0)
     assert c.lora_targets == ("up_proj", "down_proj", "v_proj", "o_proj")
+
+
+# -------------------------------------------------------------------------------- what the baselines ask of it
+
+
+def test_labels_alone_need_no_teacher() -> None:
+    def forbidden() -> Any:
+        raise AssertionError("the teacher was loaded")
+
+    result = transfer(
+        make_pair(forbidden), task(validation=2), settings(layers="all", layer_weight=0.0, output_loss="ce")
+    )
+    assert result.cost["teacher_tokens"] == 0
+    assert {n.split(".")[2] for n in changed(result, student())} == {"0", "1", "2"}
+
+
+def test_the_label_weight_adds_the_cross_entropy_to_any_output_loss() -> None:
+    def first(**changes: Any) -> dict[str, Any]:
+        return transfer(make_pair(), task(), settings(epochs=1, layer_weight=0.0, **changes)).log[0]
+
+    ce, kl = first(output_loss="ce")["loss"], first(output_loss="kl", label_weight=0.0)["loss"]
+    both = first(output_loss="kl", label_weight=0.5)
+    assert both["loss"] == pytest.approx(kl + 0.5 * ce, rel=1e-5)
+    assert both["label_loss"] == pytest.approx(ce, rel=1e-5)
+    alone = transfer(make_pair(), task(), settings(layer_weight=0.0, output_loss="none", label_weight=1.0))
+    plain = transfer(make_pair(), task(), settings(layer_weight=0.0, output_loss="ce"))
+    assert same_weights(alone.student, plain.student)
+
+
+@pytest.mark.parametrize("targets", ["random", "scrambled"])
+def test_a_control_has_the_length_of_the_target_and_another_direction(targets: str) -> None:
+    quick = {"epochs": 2, "lr": 0.0, "output_loss": "none", "batch": 12, "micro_batch": 5}
+    true = transfer(make_pair(), task(), settings(**quick))
+    control = transfer(make_pair(), task(), settings(**quick, targets=targets))
+    again = transfer(make_pair(), task(), settings(**quick, targets=targets))
+    assert losses(control)[0] == pytest.approx(losses(control)[1], rel=1e-5)  # the same targets at every epoch
+    assert losses(control) == losses(again)
+    assert abs(losses(control)[0] - losses(true)[0]) > 1e-3
+    if targets == "random":  # its length is the target's, position by position
+        assert control.log[0]["norm_ratio"] == pytest.approx(true.log[0]["norm_ratio"], rel=1e-5)
+
+
+def test_an_identity_projection_that_does_not_move_is_no_projection() -> None:
+    plain = transfer(make_pair(), task(), settings(lr=0.0))
+    same = transfer(make_pair(), task(), settings(lr=0.0, projection=torch.eye(32)))
+    assert losses(plain) == pytest.approx(losses(same), rel=1e-5)
+
+
+@pytest.mark.parametrize("trained", ["lora", "layer"])
+def test_a_learned_projection_compares_in_the_teachers_width_and_leaves_no_trace(trained: str) -> None:
+    torch.manual_seed(0)
+    start = torch.randn(48, 32) / 32**0.5
+    config = settings(map=None, projection=start, output_loss="none", trained=trained, epochs=12)
+    result = transfer(make_pair(), task(), config)
+    assert losses(result)[-1] < 0.8 * losses(result)[0]
+    assert set(dict(result.student.named_parameters())) == set(dict(student().named_parameters()))
+    assert torch.equal(start, config.projection)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="projection is"):
+        transfer(make_pair(), task(), settings(map=None, projection=start.T))
+
+
+def test_a_projection_resumes_with_the_rest(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = {"map": None, "projection": torch.randn(48, 32), "checkpoint_every": 1, "epochs": 2}
+    whole = transfer(make_pair(), task(), settings(**config))
+    real = alignment._save_checkpoint
+
+    def killed(run: Any, folder: Path, state: dict[str, Any]) -> None:
+        real(run, folder, state)
+        if state["step"] == 3:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(alignment, "_save_checkpoint", killed)
+        transfer(make_pair(), task(), settings(**config, folder=tmp_path))
+    resumed = transfer(make_pair(), task(), settings(**config, folder=tmp_path))
+    assert same_weights(whole.student, resumed.student)
+    with pytest.raises(ValueError, match="belongs to other inputs"):
+        transfer(make_pair(), task(), settings(**{**config, "projection": torch.randn(48, 32)}, folder=tmp_path))
+
+
+def given_adapters(rank: int = 16) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    torch.manual_seed(3)
+    names = [n for n, m in student().named_modules() if n.rsplit(".", 1)[-1] in TransferConfig.lora_targets]
+    shapes = {n: student().get_submodule(n).weight.shape for n in names if f"layers.{K - 1}." in n}
+    return {n: (0.1 * torch.randn(a, rank), 0.1 * torch.randn(rank, b)) for n, (a, b) in shapes.items()}
+
+
+@pytest.mark.parametrize("adapters", ["pissa", given_adapters()])
+def test_an_adapters_start_does_not_change_the_function(adapters: Any) -> None:
+    ids = torch.randint(3, 97, (2, 9))
+    still = transfer(make_pair(), task(), settings(adapters=adapters, lr=0.0))
+    torch.testing.assert_close(still.student(ids).logits, student()(ids).logits, atol=1e-4, rtol=1e-4)
+    trained = transfer(make_pair(), task(), settings(adapters=adapters))
+    zero = transfer(make_pair(), task(), settings())
+    assert not same_weights(trained.student, zero.student)
+    assert losses(trained)[0] == pytest.approx(losses(zero)[0], rel=1e-3)
+
+
+def test_adapters_must_name_the_trained_modules() -> None:
+    some = dict(list(given_adapters().items())[1:])
+    with pytest.raises(ValueError, match="adapters must name the trained modules"):
+        transfer(make_pair(), task(), settings(adapters=some))
+
+
+def test_layers_are_all_or_numbers() -> None:
+    with pytest.raises(ValueError, match='neither "all" nor'):
+        TransferConfig(layers="every")
