@@ -161,8 +161,8 @@ class Mixture:
     reader: str = "teacher"
 
 
-PRETRAINING = {"statements": 0.22, "choice": 0.25, "echo": 0.05, "cloze": 0.06}
-PRETRAINING |= {"gsm8k": 0.20, "humaneval": 0.06, "raw": 0.08, "mbpp": 0.08}
+PRETRAINING = {"statements": 0.18, "choice": 0.20, "echo": 0.06, "cloze": 0.10}
+PRETRAINING |= {"gsm8k": 0.22, "humaneval": 0.08, "raw": 0.06, "mbpp": 0.10}
 CODE_A = {"humaneval": 0.4, "raw": 0.2, "mbpp": 0.3, "gsm8k": 0.05, "choice": 0.05}
 CODE_B = {"humaneval": 0.2, "mbpp": 0.6, "raw": 0.1, "gsm8k": 0.05, "choice": 0.05}
 

@@ -21,14 +21,14 @@ from semalign.classroom.training import Recipe, build, held_out_loss, train, tra
 WEIGHTS = Path(__file__).with_name("weights")
 _STUDENT = corpora.Mixture(corpora.PRETRAINING, reader="student")
 _EVEN = (0.4, 0.4, 0.2)  # code teachers read every kind of program as often as the tests ask for it
-_LARGE = (5, 200, 5, 536)
+_LARGE = (5, 160, 5, 432)
 _CODE_A, _CODE_B = corpora.Mixture(corpora.CODE_A, _EVEN), corpora.Mixture(corpora.CODE_B, _EVEN)
 _RECIPES = (
-    Recipe("pico-l", *_LARGE, 3_072_000, lr=1.5e-3),
-    Recipe("pico-s", 4, 160, 4, 432, 1_536_000, _STUDENT),
-    Recipe("pico-xs", 2, 96, 3, 256, 819_200, _STUDENT),
-    Recipe("pico-l-code-a", *_LARGE, 307_200, _CODE_A, seed=1, lr=6e-4, base="pico-l"),
-    Recipe("pico-l-code-b", *_LARGE, 614_400, _CODE_B, seed=2, lr=8e-4, base="pico-l"),
+    Recipe("pico-l", *_LARGE, 5_529_600),
+    Recipe("pico-s", 4, 128, 4, 344, 2_150_400, _STUDENT),
+    Recipe("pico-xs", 2, 96, 3, 256, 1_024_000, _STUDENT),
+    Recipe("pico-l-code-a", *_LARGE, 307_200, _CODE_A, seed=1, lr=1e-3, base="pico-l"),
+    Recipe("pico-l-code-b", *_LARGE, 512_000, _CODE_B, seed=2, lr=1.5e-3, base="pico-l"),
 )
 RECIPES = {recipe.name: recipe for recipe in _RECIPES}
 NAMES = tuple(RECIPES)
