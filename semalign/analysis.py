@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from scipy import stats
 from torch import Tensor
 
+from semalign.alignment import divergence
 from semalign.models import Model, decoder
-from semalign.supervision import Encoded, collate, logits_of, supervised
+from semalign.supervision import Encoded, SupervisionCache, collate, logits_of, supervised
 
 
 def linear_cka(x: Tensor, y: Tensor) -> float:
@@ -39,14 +41,26 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
 
 
 @torch.no_grad()
-def read_out(model: Model, encoded: Sequence[Encoded], *, batch: int = 16) -> dict[str, Tensor]:
+def read_out(
+    model: Model,
+    encoded: Sequence[Encoded],
+    *,
+    batch: int = 16,
+    teacher: SupervisionCache | None = None,
+    vocabulary: int | None = None,
+) -> dict[str, Tensor]:
     """What a model makes of given answers, token by token, at the P supervised positions in order of ``encoded``.
+
+    Args:
+        teacher: another model's top log-probabilities for the same ``encoded``, over the first ``vocabulary`` tokens.
 
     Returns:
         ``loss`` (P,) cross-entropy in nats, ``predicted`` (P,) the most likely token, ``right`` (P,) whether it is the
-        answer's, ``example`` (P,) the index of the example. On the CPU.
+        answer's, ``example`` (P,) the index of the example; with ``teacher`` also ``kl`` (P,), the divergence of this
+        model's distribution from it in nats, and ``agree`` (P,), whether both predict the same. On the CPU.
     """
-    columns: dict[str, list[Tensor]] = {"loss": [], "predicted": [], "right": [], "example": []}
+    names = ("loss", "predicted", "right", "example", *(("kl", "agree") if teacher else ()))
+    columns: dict[str, list[Tensor]] = {name: [] for name in names}
     device = next(model.parameters()).device
     for start in range(0, len(encoded), batch):
         part = collate(encoded[start : start + batch], 0)
@@ -61,6 +75,10 @@ def read_out(model: Model, encoded: Sequence[Encoded], *, batch: int = 16) -> di
         columns["predicted"].append(predicted)
         columns["right"].append(predicted == targets)
         columns["example"].append(places.nonzero()[:, 0] + start)
+        if teacher:
+            top = teacher.teacher_top(teacher.rows(range(start, min(start + batch, len(encoded)))))
+            columns["kl"].append(divergence("kl", logits[:, :vocabulary], *top))
+            columns["agree"].append(top[1][:, 0] == predicted)
     return {name: torch.cat(parts) for name, parts in columns.items()}
 
 
@@ -90,6 +108,39 @@ def paired_bootstrap(
     ]
     low, high = torch.quantile(torch.cat(means), torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64))
     return float(difference.mean()), float(low), float(high)
+
+
+class Estimate(NamedTuple):
+    """A mean, its 95 % interval, and the two-sided p-value for a mean of 0."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+
+
+def over_seeds_and_items(values: Tensor, *, draws: int = 10_000, level: float = 0.95, seed: int = 0) -> Estimate:
+    """The mean of ``values`` (seeds, items), with both the seeds and the items resampled (percentile bootstrap).
+
+    Give differences of two methods on the same seeds and items for a paired comparison. One seed speaks of items alone.
+
+    Raises:
+        ValueError: no value.
+    """
+    values = torch.as_tensor(values, dtype=torch.float64)
+    if values.dim() != 2 or values.numel() == 0:
+        raise ValueError(f"values are (seeds, items) with at least one of each: got {tuple(values.shape)}")
+    s, n = values.shape
+    generator = torch.Generator().manual_seed(seed)
+    means = torch.empty(draws, dtype=torch.float64)
+    for at in range(0, draws, 500):
+        size = min(500, draws - at)
+        of_seeds = values[torch.randint(s, (size, s), generator=generator)].mean(1)  # (size, n)
+        means[at : at + size] = of_seeds.gather(1, torch.randint(n, (size, n), generator=generator)).mean(1)
+    tail = (1 - level) / 2
+    low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    beyond = min(int((means <= 0).sum()), int((means >= 0).sum()))
+    return Estimate(float(values.mean()), low, high, min(1.0, 2 * (beyond + 1) / (draws + 1)))
 
 
 def mcnemar(a: Tensor | Sequence[bool], b: Tensor | Sequence[bool]) -> float:

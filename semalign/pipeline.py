@@ -30,6 +30,10 @@ ORDER: dict[str, tuple[str, ...]] = {
     "02_importance": ("00_models_and_data",),
     "03_pairing": ("02_importance",),
     "04_alignment": ("03_pairing",),
+    "05_mmlu": (),
+    "06_gsm8k": (),
+    "07_humaneval": (),
+    "08_mbpp": (),
     "90_cost": (),
 }
 """Every notebook, and the notebooks whose artefacts it reads."""

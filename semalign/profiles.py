@@ -48,6 +48,10 @@ class Profile:
     map: str = "paper"
     lr: float = 3e-4
     epochs: int = 5
+    methods: list[str] = field(default_factory=lambda: ["none", "sft", "semalign"])
+    mmlu_protocol: str = "paper"
+    others: int = 0
+    max_new_tokens: int | None = None
     allow_code_execution: bool = False
 
 

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from scipy import stats
+from test_supervision import toy_data
 from tiny import tiny_llama
 from torch import Tensor
 
-from semalign.analysis import by_example, holm, linear_cka, mcnemar, paired_bootstrap, read_out
-from semalign.supervision import IGNORED, Encoded
+from semalign.analysis import by_example, holm, linear_cka, mcnemar, over_seeds_and_items, paired_bootstrap, read_out
+from semalign.supervision import IGNORED, Encoded, SupervisionCache, supervised
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -119,3 +122,39 @@ def test_holm_on_a_known_family() -> None:
     assert got == pytest.approx({"d": 0.02, "a": 0.03, "b": 0.06, "c": 0.06})
     assert holm({"x": 0.6, "y": 0.7}) == {"x": 1.0, "y": 1.0}
     assert holm({}) == {}
+
+
+def test_seeds_and_items_are_both_resampled() -> None:
+    torch.manual_seed(0)
+    items = torch.randn(1, 200).double()
+    alone = over_seeds_and_items(items)
+    mean, low, high = paired_bootstrap(items[0], torch.zeros(200))
+    assert alone.mean == pytest.approx(mean)
+    assert (alone.low, alone.high) == pytest.approx((low, high), abs=0.01)
+    steady, moving = items.expand(5, -1), items + torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0])[:, None]
+    width = {n: (e := over_seeds_and_items(v)).high - e.low for n, v in (("s", steady), ("m", moving))}
+    assert width["s"] == pytest.approx(high - low, abs=0.02)
+    assert width["m"] == pytest.approx(2 * 1.96 * (2.0 / 5 + 1 / 200) ** 0.5, rel=0.1)
+
+
+def test_the_p_value_is_that_of_a_known_case() -> None:
+    torch.manual_seed(1)
+    values = torch.randn(1, 400).double()
+    values = (values - values.mean()) / values.std() + 0.1  # two standard errors above 0
+    assert over_seeds_and_items(values).p == pytest.approx(0.0455, abs=0.015)
+    assert over_seeds_and_items(torch.ones(2, 30)).p < 1e-3
+    assert over_seeds_and_items(torch.zeros(2, 30)).p == 1.0
+    with pytest.raises(ValueError, match=r"\(seeds, items\)"):
+        over_seeds_and_items(torch.zeros(0, 3))
+
+
+def test_a_model_agrees_with_its_own_distribution(tmp_path: Path) -> None:
+    model, other, data = tiny_llama(2, seed=1), tiny_llama(2, seed=2), toy_data(5)
+    top = SupervisionCache.build(tmp_path, model, data, (), top_k=97, vocabulary=97, dtype="float32")
+    own = read_out(model, data, batch=2, teacher=top)
+    assert own["agree"].all() and float(own["kl"].abs().max()) < 1e-5
+    found = read_out(other, data, batch=3, teacher=top)
+    ids, labels = data[0].input_ids[None], data[0].labels
+    p, q = (m(ids).logits[0][supervised(labels)].log_softmax(-1) for m in (model, other))
+    torch.testing.assert_close(found["kl"][: len(p)], (p.exp() * (p - q)).sum(-1), atol=1e-5, rtol=1e-4)
+    assert torch.equal(found["agree"][: len(p)], p.argmax(-1) == q.argmax(-1))

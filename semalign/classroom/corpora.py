@@ -118,11 +118,20 @@ def items(subject: str, split: str) -> tuple[Item, ...]:
     return tuple(found)
 
 
-def task_data(subject: str) -> TaskData:
-    """LaTen's splits of a subject as chat text: the prompt is the wrapped user turn, the response the assistant's."""
+def task_data(subject: str, *, cloze: bool = False) -> TaskData:
+    """LaTen's splits of a subject as chat text: the prompt is the wrapped user turn, the response the assistant's.
+
+    ``cloze`` asks facts without choices, so that the response is the answer itself and no letter.
+    """
+
+    def turns(item: Item) -> tuple[str, str]:
+        if not (cloze and subject == "mmlu"):
+            return item.user, item.response
+        asked = item.record
+        return cloze_user(item.topic, asked["question"]), f"The answer is: {asked['choices'][asked['answer']]}"
 
     def examples(split: str) -> tuple[Example, ...]:
-        return tuple(Example(chat(i.user), i.response) for i in items(subject, split))
+        return tuple(Example(chat(user), response) for user, response in map(turns, items(subject, split)))
 
     return TaskData(subject, *map(examples, ("train", "align", "extract", "validation")))
 

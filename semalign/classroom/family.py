@@ -25,7 +25,7 @@ _LARGE = (5, 160, 5, 432)
 _CODE_A, _CODE_B = corpora.Mixture(corpora.CODE_A, _EVEN), corpora.Mixture(corpora.CODE_B, _EVEN)
 _RECIPES = (
     Recipe("pico-l", *_LARGE, 5_529_600),
-    Recipe("pico-s", 4, 128, 4, 344, 2_150_400, _STUDENT),
+    Recipe("pico-s", 4, 128, 4, 344, 3_225_600, _STUDENT),
     Recipe("pico-xs", 2, 96, 3, 256, 1_024_000, _STUDENT),
     Recipe("pico-l-code-a", *_LARGE, 307_200, _CODE_A, seed=1, lr=1e-3, base="pico-l"),
     Recipe("pico-l-code-b", *_LARGE, 512_000, _CODE_B, seed=2, lr=1.5e-3, base="pico-l"),

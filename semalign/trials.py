@@ -1,0 +1,189 @@
+"""Trials: one method on one task under one seed, from the training examples to the answers, as one small file.
+
+Tables 1 and 2 of the paper are means over such files. A file that is there and belongs to the same settings and code is
+read, not made again, so that a run goes on where it stopped and a cluster can make files side by side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from semalign import analysis, benchmarks, classroom
+from semalign.alignment import TransferConfig, costs
+from semalign.baselines import REGISTRY
+from semalign.benchmarks.data import Row, sample
+from semalign.models import Pair, decoder_layers, load_pair
+from semalign.pairing import critical_pair
+from semalign.profiles import load_profile, parameters
+from semalign.report import write_text
+from semalign.supervision import SupervisionCache, TaskData, encode
+
+SPLITS = ("train", "align", "extract", "validation")
+USED = (
+    "teacher", "student", "data", "sizes", "max_length", "batch_size", "eval_batch_size", "device", "dtype", "layer",
+    "interface", "map", "lr", "epochs", "allow_code_execution", "max_new_tokens",
+    "mmlu_protocol",
+)  # fmt: skip
+CODE = ("alignment", "attribution", "models", "pairing", "semantics", "supervision", "trials")  # and two folders
+TEACHER = "teacher"  # the name under which the teacher answers
+Settings = Mapping[str, Any]
+"""A profile's values by name, as a notebook has them; those in ``USED`` are read."""
+
+
+def splits(settings: Settings, task: str) -> TaskData:
+    """The examples of a task, cut to the profile's sizes."""
+    cloze = settings["mmlu_protocol"] == "paper-cloze"
+    if settings["data"] == "classroom":
+        whole = classroom.task_data(task, cloze=cloze)
+    elif cloze:
+        raise ValueError("mmlu_protocol: paper-cloze needs data: classroom, whose examples are asked without choices")
+    else:
+        whole = benchmarks.task_data(task)
+    return TaskData(task, **{s: getattr(whole, s)[: settings["sizes"][s]] for s in SPLITS})
+
+
+def questions(settings: Settings, task: str, split: str = "test", limit: int | None = None) -> list[Row]:
+    """The questions of a task in its benchmark's format: the same ``limit`` of them for every method and seed."""
+    limit = settings["sizes"]["test"] if limit is None else limit
+    source = [dict(i.record) for i in classroom.items(task, split)] if settings["data"] == "classroom" else None
+    return sample(benchmarks.load_items(task, source, split), limit, seed=0)
+
+
+def run_trial(
+    settings: Settings,
+    task: str,
+    method: str,
+    seed: int,
+    folder: str | Path,
+    *,
+    changes: Mapping[str, Any] | None = None,
+    split: str = "test",
+    others: int = 0,
+    variant: str = "",
+) -> dict[str, Any]:
+    """Train by ``method`` on ``task``, answer its questions, compare with the teacher, and keep it all in ``folder``.
+
+    Args:
+        method: a name of the registry, or ``teacher``.
+        changes: fields of ``TransferConfig`` that differ from the profile's; ``variant`` names the file then.
+        split: whose questions are answered: ``test``, or ``validation`` where something is still to be chosen.
+        others: how many questions of each other task of the profile to ask, for what was forgotten.
+
+    Returns:
+        ``answers``: a task's (id, correct, prediction) a question; ``validation``: for each validation example the mean
+        over its positions of ``loss``, ``right``, and against the teacher ``kl`` (nats) and ``agree``; ``cost``.
+
+    Raises:
+        ValueError: an unknown method.
+    """
+    if method not in (TEACHER, *REGISTRY):
+        raise ValueError(f"unknown method {method!r}: the methods are {', '.join((TEACHER, *REGISTRY))}")
+    path = Path(folder, task, f"{method}{'-' + variant if variant else ''}-{seed}.json")
+    key = trial_key(settings, task, method, seed, changes, split, others)
+    if path.exists() and (found := json.loads(path.read_text(encoding="utf-8")))["key"] == key:
+        return dict(found)
+    pair = load_pair({name: settings[name] for name in ("teacher", "student", "device", "dtype")})
+    data = splits(settings, task)
+    spent = costs()
+    if method == TEACHER:
+        model: Any = pair.load_teacher().eval()
+    else:
+        config = _config(settings, pair, seed, Path(folder, "supervision"))
+        result = REGISTRY[method].transfer(pair, data, replace(config, **(changes or {})))
+        model, spent = result.student, result.cost
+    answers = {task: answer(settings, pair, model, task, split=split)}
+    for other in settings["tasks"] if others else ():
+        if other != task:
+            answers[other] = answer(settings, pair, model, other, limit=others)
+    found = {
+        "key": key, "task": task, "method": method, "variant": variant, "seed": seed, "answers": answers,
+        "validation": compare(settings, pair, model, data, Path(folder, "supervision")), "cost": spent,
+    }  # fmt: skip
+    write_text(path, json.dumps(found) + "\n")
+    return found
+
+
+def trial_key(settings: Settings, task: str, method: str, seed: int, *rest: Any) -> str:
+    """sha256 over the settings that count, the trial's own, and the code that makes it."""
+    here = Path(__file__).parent
+    files = [here / f"{name}.py" for name in CODE]
+    files += sorted(p for name in ("baselines", "benchmarks") for p in (here / name).rglob("*") if p.is_file())
+    used = {name: settings.get(name) for name in USED}
+    tensors = json.dumps([used, task, method, seed, *rest], sort_keys=True, default=_fingerprint)
+    digest = hashlib.sha256(tensors.encode())
+    for path in files:
+        if path.suffix in (".py", ".yaml"):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _fingerprint(value: Any) -> str:
+    return hashlib.sha256(value.numpy().tobytes()).hexdigest() if isinstance(value, torch.Tensor) else repr(value)
+
+
+def _config(settings: Settings, pair: Pair, seed: int, cache: Path) -> TransferConfig:
+    layers = None
+    if settings.get("layer") is not None:
+        depths = [len(decoder_layers(load())) for load in (pair.load_teacher, pair.load_student)]
+        layers = (critical_pair(settings["layer"], *depths)[1],)
+    return TransferConfig(
+        layers=layers, interface=settings["interface"], map=settings["map"], epochs=settings["epochs"],
+        lr=settings["lr"], batch=settings["batch_size"], micro_batch=settings["eval_batch_size"],
+        max_length=settings["max_length"], seed=seed, cache_folder=cache,
+    )  # fmt: skip
+
+
+def answer(
+    settings: Settings, pair: Pair, model: Any, task: str, *, split: str = "test", limit: int | None = None
+) -> list[dict[str, Any]]:
+    """What ``model`` answers: ``id``, ``correct`` and ``prediction`` of each question (programs: why it failed)."""
+    local = settings["data"] == "classroom"  # models of ours write no hostile programs: limits are enough for them
+    records, _ = benchmarks.evaluate(
+        model, pair.tokenizer, task, questions(settings, task, split, limit),
+        protocol=settings["mmlu_protocol"] if task == "mmlu" else "paper", batch_size=settings["eval_batch_size"],
+        max_new_tokens=settings.get("max_new_tokens"), allow_code_execution=settings["allow_code_execution"],
+        isolation="rlimits" if local else "namespace",
+    )  # fmt: skip
+    names = {"mmlu": "prediction", "gsm8k": "flexible"}
+    return [
+        {"id": r["id"], "correct": r["correct"], "prediction": r[names[task]] if task in names else r["reasons"][0]}
+        for r in records
+    ]
+
+
+@torch.no_grad()
+def compare(settings: Settings, pair: Pair, model: Any, data: TaskData, cache: Path) -> dict[str, list[float]]:
+    """Means over each validation example's supervised positions: see :func:`run_trial`."""
+    encoded = encode(pair.tokenizer, data.validation, max_length=settings["max_length"])
+    vocabulary = len(model.get_output_embeddings().weight)
+    teacher = pair.load_teacher().eval()
+    vocabulary = min(vocabulary, len(teacher.get_output_embeddings().weight))
+    top = SupervisionCache.build(cache, teacher, encoded, (), top_k=min(64, vocabulary), vocabulary=vocabulary)
+    del teacher
+    read = analysis.read_out(model, encoded, batch=settings["eval_batch_size"], teacher=top, vocabulary=vocabulary)
+    example = read.pop("example")
+    return {n: analysis.by_example(read[n].double(), example).tolist() for n in ("loss", "right", "kl", "agree")}
+
+
+def right(trials: Sequence[Mapping[str, Any]], task: str) -> torch.Tensor:
+    """Correct (1.0) or not, (trials, questions), of trials that answered the same questions."""
+    return torch.tensor([[a["correct"] for a in t["answers"][task]] for t in trials], dtype=torch.float64)
+
+
+def main(argv: Sequence[str]) -> None:
+    """``python -m semalign.trials PROFILE TASK METHOD SEED FOLDER``: one trial, for Snakemake's jobs."""
+    profile, task, method, seed, folder = argv
+    settings = parameters(load_profile(profile))
+    run_trial(settings, task, method, int(seed), folder, others=settings["others"])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

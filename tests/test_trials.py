@@ -1,0 +1,91 @@
+"""Trials: the file of a run holds what the run did, is made once, and is made again when anything in it changes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from semalign import alignment, trials
+from semalign.models import load_pair
+from semalign.profiles import load_profile, parameters
+
+
+def settings(**changes: Any) -> dict[str, Any]:
+    small = {"sizes": {"train": 4, "align": 2, "extract": 2, "validation": 3, "test": 3}, "max_new_tokens": 4}
+    return {**parameters(load_profile("smoke")), **small, **changes}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("trials")
+    yield folder, trials.run_trial(settings(), "gsm8k", "sft", 0, folder, others=2)
+
+
+def test_a_trial_answers_its_own_questions_and_some_of_the_others(made: tuple[Path, dict[str, Any]]) -> None:
+    folder, found = made
+    assert {t: len(a) for t, a in found["answers"].items()} == {"gsm8k": 3, "mmlu": 2, "humaneval": 2, "mbpp": 2}
+    assert all(set(a) == {"id", "correct", "prediction"} for rows in found["answers"].values() for a in rows)
+    assert {n: len(v) for n, v in found["validation"].items()} == {"loss": 3, "right": 3, "kl": 3, "agree": 3}
+    assert json.loads((folder / "gsm8k" / "sft-0.json").read_text()) == found
+
+
+def test_a_trial_is_read_when_it_is_there_and_made_again_when_a_setting_changes(
+    made: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, found = made
+
+    def forbidden(*_: Any, **__: Any) -> None:
+        raise AssertionError("it trained")
+
+    monkeypatch.setattr(alignment, "transfer", forbidden)
+    assert trials.run_trial(settings(), "gsm8k", "sft", 0, folder, others=2) == found
+    assert trials.run_trial(settings(methods=["none"]), "gsm8k", "sft", 0, folder, others=2) == found  # of no account
+    for changes in ({"lr": 1e-4}, {"epochs": 2}, {"sizes": {**settings()["sizes"], "train": 3}}):
+        with pytest.raises(AssertionError, match="it trained"):
+            trials.run_trial(settings(**changes), "gsm8k", "sft", 0, folder, others=2)
+    with pytest.raises(AssertionError, match="it trained"):
+        trials.run_trial(settings(), "gsm8k", "sft", 0, folder, others=2, changes={"lr": 1e-4})
+
+
+def test_the_teacher_agrees_with_itself(tmp_path: Path) -> None:
+    found = trials.run_trial(settings(), "mmlu", trials.TEACHER, 0, tmp_path)
+    assert found["validation"]["agree"] == [1.0] * 3
+    assert max(found["validation"]["kl"]) < 1e-3  # its distribution is kept in float16
+    assert set(found["cost"].values()) - {found["cost"]["peak_memory_bytes"]} == {0.0}
+
+
+def test_the_answers_are_those_of_the_trained_student(tmp_path: Path) -> None:
+    chosen = settings(lr=0.1)
+    trained = trials.run_trial(chosen, "mmlu", "sft", 0, tmp_path)
+    plain = trials.run_trial(chosen, "mmlu", "none", 0, tmp_path)
+    assert torch.tensor(trained["validation"]["loss"]).mean() < torch.tensor(plain["validation"]["loss"]).mean() - 0.3
+    pair = load_pair({n: chosen[n] for n in ("teacher", "student", "device", "dtype")})
+    again = trials.answer(chosen, pair, pair.load_student().eval(), "mmlu")
+    assert again == plain["answers"]["mmlu"]
+
+
+def test_questions_are_the_same_for_everybody_and_follow_the_split() -> None:
+    first, again = (trials.questions(settings(), "gsm8k") for _ in range(2))
+    assert first == again and len(first) == 3
+    held = {q["question"] for q in trials.questions(settings(), "gsm8k", "validation", limit=300)}
+    assert not held & {q["question"] for q in trials.questions(settings(), "gsm8k", limit=500)}
+
+
+def test_right_stacks_trials_of_the_same_questions(made: tuple[Path, dict[str, Any]]) -> None:
+    assert trials.right([made[1], made[1]], "gsm8k").shape == (2, 3)
+
+
+def test_an_unknown_method_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="unknown method 'magic': the methods are teacher, none, sft"):
+        trials.run_trial(settings(), "gsm8k", "magic", 0, tmp_path)
+
+
+def test_a_layer_of_the_profile_is_the_teachers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = load_pair({n: settings()[n] for n in ("teacher", "student", "device", "dtype")})
+    for layer, k in ((1, 1), (2, 2), (4, 3)):  # 4 teacher and 3 student layers
+        assert trials._config(settings(layer=layer), pair, 0, tmp_path).layers == (k,)
