@@ -14,6 +14,7 @@ from semalign import pipeline
 PROFILE = config.get("profile", "classroom")
 RESULTS = Path(config.get("results", f"results/{PROFILE}")).as_posix()
 DIGESTS = pipeline.digests(PROFILE)
+GPU = int(pipeline.load_profile(PROFILE).device != "cpu")  # jobs that share a GPU run one after another
 PYTHON = config.get("python", sys.executable)
 
 os.environ["SEMALIGN_PIPELINE_PID"] = str(os.getpid())
@@ -24,6 +25,12 @@ onstart:
 
 
 localrules: notebooks, book
+
+
+wildcard_constraints:
+    task="[a-z0-9]+",
+    method="[a-z_]+",
+    seed="[0-9]+",
 
 
 rule book:
@@ -43,6 +50,21 @@ rule notebooks:
         expand(f"{RESULTS}/metrics/{{notebook}}.json", notebook=DIGESTS),
 
 
+# A method on a task under a seed: the unit that a cluster runs side by side.
+rule trial:
+    output:
+        f"{RESULTS}/artefacts/trials/{{task}}/{{method}}-{{seed}}.json",
+    params:
+        digest=pipeline.trial_digest(PROFILE),
+    threads: 1
+    priority: -100
+    resources:
+        gpu=GPU,
+    shell:
+        "OMP_NUM_THREADS={threads} {PYTHON} -m semalign.pipeline trial {PROFILE} {wildcards.task} {wildcards.method} "
+        "{wildcards.seed} --results {RESULTS}"
+
+
 # A rule a notebook. What decides whether it runs again is `digest`, which covers the notebook's source, the
 # profile, semalign's code, the lock file and the digests of the notebooks before it: not modification times.
 for name in DIGESTS:
@@ -52,6 +74,7 @@ for name in DIGESTS:
             f"notebook_{name}"
         input:
             [f"{RESULTS}/metrics/{before}.json" for before in pipeline.ORDER[name]],
+            [f"{RESULTS}/artefacts/trials/{path}" for path in pipeline.trials_of(PROFILE, name)],
         output:
             f"{RESULTS}/metrics/{name}.json",
         log:
@@ -62,6 +85,6 @@ for name in DIGESTS:
         threads: workflow.cores or 1
         priority: -list(DIGESTS).index(name)
         resources:
-            gpu=1,
+            gpu=GPU,
         shell:
             "{PYTHON} -m semalign.pipeline notebook {params.notebook} {PROFILE} --results {RESULTS}"

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import yaml
 
 from semalign.profiles import ProfileError, load_profile, parameters
 
@@ -34,9 +35,13 @@ ORDER: dict[str, tuple[str, ...]] = {
     "06_gsm8k": (),
     "07_humaneval": (),
     "08_mbpp": (),
+    "13_rivals": (),
     "90_cost": (),
 }
 """Every notebook, and the notebooks whose artefacts it reads."""
+
+BENCHMARKS = {"05_mmlu": "mmlu", "06_gsm8k": "gsm8k", "07_humaneval": "humaneval", "08_mbpp": "mbpp"}
+"""The notebooks that are of one task, and run where the profile has it."""
 
 _LOCKS: list[Any] = []  # open lock files: closing one would release it
 
@@ -69,15 +74,38 @@ def _code() -> list[tuple[str, str]]:
     return _files([*tree, ROOT / "requirements.lock"])
 
 
+def notebooks_of(profile: str) -> dict[str, tuple[str, ...]]:
+    """Those of ``ORDER`` that a profile runs: all but the chapters of tasks that it leaves out."""
+    tasks = load_profile(profile).tasks
+    return {name: before for name, before in ORDER.items() if BENCHMARKS.get(name, tasks[0]) in tasks}
+
+
+def trials_of(profile: str, name: str) -> list[str]:
+    """The trials that are jobs of their own before a notebook, as paths below ``artefacts/trials``.
+
+    None where the profile has no ``trial_jobs``: there the notebook runs them itself, one after another.
+    """
+    chosen = load_profile(profile)
+    task = BENCHMARKS.get(name) if chosen.trial_jobs else None
+    alone = dict.fromkeys(("teacher", "none"), chosen.seeds[:1])  # nothing is drawn in them
+    seeds = {**dict.fromkeys(chosen.methods, chosen.seeds), **alone}
+    return [f"{task}/{method}-{seed}.json" for method, own in seeds.items() for seed in own] if task else []
+
+
+def trial_digest(profile: str) -> str:
+    """The hash of what can change a trial; which of it really does, the trial's own key decides."""
+    return _digest(_code(), parameters(load_profile(profile)))
+
+
 def digests(profile: str) -> dict[str, str]:
     """One hash a notebook over all that determines its result: source, parameters, code, and what it reads.
 
     Raises:
         ProfileError: the profile is unknown or malformed.
     """
-    shared = _digest(_code(), parameters(load_profile(profile)))
+    shared = trial_digest(profile)
     found: dict[str, str] = {}
-    for name, before in ORDER.items():
+    for name, before in notebooks_of(profile).items():
         notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
         found[name] = _digest(shared, sources(notebook), [found[b] for b in before])
     return found
@@ -212,7 +240,13 @@ def stage_book(profile: str, results: Path) -> Path:
         shutil.copy(ROOT / path, stage / path)
     shutil.copy(results / "artefacts" / "main_figure.svg", stage / "book")
     (stage / "notebooks").mkdir()
-    for name in ORDER:
+    toc = yaml.safe_load((stage / "_toc.yml").read_text(encoding="utf-8"))
+    missing = {f"notebooks/{name}" for name in set(ORDER) - set(notebooks_of(profile))}
+    for part in toc["parts"]:
+        part["chapters"] = [c for c in part["chapters"] if c["file"] not in missing]
+    toc["parts"] = [part for part in toc["parts"] if part["chapters"]]
+    (stage / "_toc.yml").write_text(yaml.safe_dump(toc, sort_keys=False), encoding="utf-8")
+    for name in notebooks_of(profile):
         notebook = nbformat.read(results / "notebooks" / f"{name}.ipynb", as_version=4)
         for cell in notebook.cells:
             if cell.cell_type == "code":  # folded on the page: the story is in the text and the figures
@@ -240,9 +274,28 @@ def build_book(profile: str, results: Path) -> Path:
     return index
 
 
+def run_trial(profile: str, task: str, method: str, seed: int, results: Path) -> None:
+    """One trial of a profile, in the file that the notebooks look for."""
+    from semalign import trials
+
+    settings, started = parameters(load_profile(profile)), time.monotonic()
+    trials.run_trial(settings, task, method, seed, results / "artefacts" / "trials", others=settings["others"])
+    print(f"[{task}] {time.monotonic() - started:6.1f} s  {method}, seed {seed}", flush=True)
+
+
 def run(profile: str, cores: str, until: str) -> int:
-    """Call Snakemake for one profile and print where the book is."""
-    load_profile(profile)
+    """Call Snakemake for one profile and print where the book is.
+
+    Raises:
+        ProfileError: the profile is unknown or malformed, or asks for programs and does not allow them.
+    """
+    chosen = load_profile(profile)
+    programs = [task for task in chosen.tasks if task in ("humaneval", "mbpp")]
+    if programs and not chosen.allow_code_execution:
+        raise ProfileError(
+            f"profile {profile} has {' and '.join(programs)}, which run programs that a model wrote: set "
+            f"allow_code_execution: true in it to have them run in the sandbox, or take the tasks out"
+        )
     command = [
         sys.executable, "-m", "snakemake", until, "--snakefile", str(ROOT / "Snakefile"), "--directory", str(ROOT),
         "--cores", cores, "--resources", "gpu=1", "--nolock", "--rerun-incomplete",
@@ -256,7 +309,7 @@ def run(profile: str, cores: str, until: str) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line: ``run PROFILE``; and, for the Snakefile, ``notebook NAME PROFILE`` and ``book PROFILE``."""
+    """The command line: ``run PROFILE``; and, for the Snakefile, ``notebook``, ``trial`` and ``book``."""
     parser = argparse.ArgumentParser(prog="python -m semalign.pipeline", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     whole = verbs.add_parser("run", help="run a profile's notebooks and build its book")
@@ -267,6 +320,12 @@ def main(argv: list[str] | None = None) -> int:
     one.add_argument("name", choices=list(ORDER))
     one.add_argument("profile")
     one.add_argument("--results", type=Path, required=True)
+    trial = verbs.add_parser("trial", help="run one method on one task under one seed")
+    trial.add_argument("profile")
+    trial.add_argument("task")
+    trial.add_argument("method")
+    trial.add_argument("seed", type=int)
+    trial.add_argument("--results", type=Path, required=True)
     book = verbs.add_parser("book", help="build the book from executed notebooks")
     book.add_argument("profile")
     book.add_argument("--results", type=Path, required=True)
@@ -277,6 +336,8 @@ def main(argv: list[str] | None = None) -> int:
             return run(given.profile, given.cores, given.until)
         if given.verb == "notebook":
             run_notebook(given.name, given.profile, given.results.resolve())
+        elif given.verb == "trial":
+            run_trial(given.profile, given.task, given.method, given.seed, given.results.resolve())
         else:
             build_book(given.profile, given.results.resolve())
     except (ProfileError, NotebookFailed, RuntimeError) as error:

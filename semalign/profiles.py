@@ -52,6 +52,7 @@ class Profile:
     mmlu_protocol: str = "paper"
     others: int = 0
     max_new_tokens: int | None = None
+    trial_jobs: bool = True
     allow_code_execution: bool = False
 
 

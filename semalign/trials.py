@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,6 @@ from semalign.baselines import REGISTRY
 from semalign.benchmarks.data import Row, sample
 from semalign.models import Pair, decoder_layers, load_pair
 from semalign.pairing import critical_pair
-from semalign.profiles import load_profile, parameters
 from semalign.report import write_text
 from semalign.supervision import SupervisionCache, TaskData, encode
 
@@ -96,7 +94,7 @@ def run_trial(
     if method == TEACHER:
         model: Any = pair.load_teacher().eval()
     else:
-        config = _config(settings, pair, seed, Path(folder, "supervision"))
+        config = _config(settings, pair, seed)
         result = REGISTRY[method].transfer(pair, data, replace(config, **(changes or {})))
         model, spent = result.student, result.cost
     answers = {task: answer(settings, pair, model, task, split=split)}
@@ -129,7 +127,8 @@ def _fingerprint(value: Any) -> str:
     return hashlib.sha256(value.numpy().tobytes()).hexdigest() if isinstance(value, torch.Tensor) else repr(value)
 
 
-def _config(settings: Settings, pair: Pair, seed: int, cache: Path) -> TransferConfig:
+def _config(settings: Settings, pair: Pair, seed: int) -> TransferConfig:
+    """The same for every method. No cache is shared between runs, so that each reports all that it needs."""
     layers = None
     if settings.get("layer") is not None:
         depths = [len(decoder_layers(load())) for load in (pair.load_teacher, pair.load_student)]
@@ -137,7 +136,7 @@ def _config(settings: Settings, pair: Pair, seed: int, cache: Path) -> TransferC
     return TransferConfig(
         layers=layers, interface=settings["interface"], map=settings["map"], epochs=settings["epochs"],
         lr=settings["lr"], batch=settings["batch_size"], micro_batch=settings["eval_batch_size"],
-        max_length=settings["max_length"], seed=seed, cache_folder=cache,
+        max_length=settings["max_length"], seed=seed,
     )  # fmt: skip
 
 
@@ -176,14 +175,3 @@ def compare(settings: Settings, pair: Pair, model: Any, data: TaskData, cache: P
 def right(trials: Sequence[Mapping[str, Any]], task: str) -> torch.Tensor:
     """Correct (1.0) or not, (trials, questions), of trials that answered the same questions."""
     return torch.tensor([[a["correct"] for a in t["answers"][task]] for t in trials], dtype=torch.float64)
-
-
-def main(argv: Sequence[str]) -> None:
-    """``python -m semalign.trials PROFILE TASK METHOD SEED FOLDER``: one trial, for Snakemake's jobs."""
-    profile, task, method, seed, folder = argv
-    settings = parameters(load_profile(profile))
-    run_trial(settings, task, method, int(seed), folder, others=settings["others"])
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -168,6 +168,10 @@ def test_loading_checks_names_and_files(
     model, loaded = family.load_pico("pico-xs", tmp_path / "weights")
     assert model.dtype == torch.float32 and not model.training and len(loaded) == model.config.vocab_size
     assert "2 steps" in (tmp_path / "weights" / "pico-xs" / "card.md").read_text()
+    found = family.score("pico-xs", tmp_path / "weights", limit=3)
+    assert list(found) == list(family.SCORED) and all(s["n"] == 3 for s in found.values())
+    assert family.score("pico-xs", tmp_path / "weights") == found
+    assert "of 3 test questions" in (tmp_path / "weights" / "pico-xs" / "card.md").read_text()
     weights = tmp_path / "weights" / "pico-xs" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")
     with pytest.raises(ValueError, match=r"model\.safetensors is missing or differs"):

@@ -85,7 +85,7 @@ def test_an_unknown_method_is_refused_by_name(tmp_path: Path) -> None:
         trials.run_trial(settings(), "gsm8k", "magic", 0, tmp_path)
 
 
-def test_a_layer_of_the_profile_is_the_teachers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_of_the_profile_is_the_teachers() -> None:
     pair = load_pair({n: settings()[n] for n in ("teacher", "student", "device", "dtype")})
     for layer, k in ((1, 1), (2, 2), (4, 3)):  # 4 teacher and 3 student layers
-        assert trials._config(settings(layer=layer), pair, 0, tmp_path).layers == (k,)
+        assert trials._config(settings(layer=layer), pair, 0).layers == (k,)

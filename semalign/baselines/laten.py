@@ -495,5 +495,5 @@ def _gradients(
 def _sizes(vectors: Vectors, weights: Vectors) -> dict[str, float]:
     """The share of vector entries that are 0, and the norm of all vectors over that of the weights they go to."""
     zeros = sum(int((v == 0).sum()) for v in vectors.values()) / sum(v.numel() for v in vectors.values())
-    delta, base = (sum(float(t.float().square().sum()) for t in m.values()) for m in (vectors, weights))
+    delta, base = (sum(float(t.detach().float().square().sum()) for t in m.values()) for m in (vectors, weights))
     return {"zero_outputs": zeros, "relative_norm": math.sqrt(delta / base)}

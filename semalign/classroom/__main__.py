@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from semalign.classroom.family import NAMES, WEIGHTS, make
+from semalign.classroom.family import NAMES, WEIGHTS, make, score
 
 WORK = Path("results/pico")
 
@@ -13,4 +13,6 @@ if __name__ == "__main__":
     for name in sys.argv[1:] or NAMES:
         print(f"== {name}", flush=True)
         make(name, WORK / "weights", WORK, "cuda" if torch.cuda.is_available() else "cpu")
+        for what, share in score(name, WORK / "weights").items():
+            print(f"{what:18} {share['value']:.3f} ({share['low']:.3f} to {share['high']:.3f})", flush=True)
     print(f"the models are in {WORK / 'weights'}; copy them to {WEIGHTS} to use them")

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from semalign import benchmarks
 from semalign.classroom import corpora
 from semalign.classroom.training import Recipe, build, held_out_loss, train, train_tokenizer, validation_windows
 
@@ -114,8 +115,46 @@ def make(name: str, folder: Path, work: Path, device: str = "cpu") -> None:
     _publish(part, folder / name)
 
 
-def card(facts: dict[str, Any]) -> str:
-    """A model card in markdown from what `make` recorded."""
+SCORED = {  # what a score is called: the task and the protocol
+    "facts, in words": ("mmlu", "paper-cloze"),
+    "facts, by letter": ("mmlu", "paper"),
+    "word problems": ("gsm8k", "paper"),
+    "completion": ("humaneval", "paper"),
+    "from text": ("mbpp", "paper"),
+}
+
+
+def score(name: str, folder: Path, limit: int | None = None) -> dict[str, dict[str, Any]]:
+    """Ask a model all test questions, and keep shares and 95 % intervals in ``folder/NAME/scores.json`` and the card.
+
+    ``by_known`` splits the facts by whose pretraining stated them. A model that has its scores is not asked again.
+    """
+    path = folder / name / "scores.json"
+    if path.exists():
+        return dict(json.loads(path.read_text()))
+    model, tokenizer = load_pico(name, folder)
+    scores: dict[str, dict[str, Any]] = {}
+    for what, (task, protocol) in SCORED.items():
+        asked = corpora.items(task, "test")[:limit]
+        records, found = benchmarks.evaluate(
+            model, tokenizer, task, [dict(i.record) for i in asked], protocol, batch_size=64, max_new_tokens=96,
+            allow_code_execution=True, isolation="rlimits",
+        )  # fmt: skip
+        low, high = found.interval
+        scores[what] = {"value": found.value, "low": low, "high": high, "n": found.n}
+        if task == "mmlu":
+            groups: dict[str, list[float]] = {}
+            for item, record in zip(asked, records, strict=True):
+                groups.setdefault(item.known, []).append(record["correct"])
+            scores[what]["by_known"] = {known: sum(v) / len(v) for known, v in sorted(groups.items())}
+    write_json(path, scores)
+    facts = json.loads((folder / name / "training.json").read_text())
+    (folder / name / "card.md").write_text(card(facts, scores))
+    return scores
+
+
+def card(facts: dict[str, Any], scores: dict[str, dict[str, Any]] | None = None) -> str:
+    """A model card in markdown from what `make` and `score` recorded."""
     kinds = ", ".join(f"{kind} {share:.0%}" for kind, share in facts["mixture"]["kinds"].items())
     rows = {
         "architecture": f"Llama, {facts['layers']} layers, width {facts['width']}, {facts['heads']} heads, "
@@ -127,6 +166,8 @@ def card(facts: dict[str, Any]) -> str:
         "loss": f"{facts['train_loss']:.3f} in training, {facts['validation_loss']:.3f} on validation (nats a token)",
         "for": "experiments and lessons; it knows nothing beyond the four subjects, and that imperfectly",
     }
+    for what, s in (scores or {}).items():
+        rows[what] = f"{s['value']:.1%} of {s['n']} test questions (95 % interval {s['low']:.1%} to {s['high']:.1%})"
     return f"# {facts['name']}\n\n" + "".join(f"- **{name}**: {text}\n" for name, text in rows.items())
 
 
