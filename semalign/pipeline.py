@@ -35,6 +35,7 @@ ORDER: dict[str, tuple[str, ...]] = {
     "06_gsm8k": (),
     "07_humaneval": (),
     "08_mbpp": (),
+    "12_controls": (),
     "13_rivals": (),
     "90_cost": (),
 }

