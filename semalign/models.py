@@ -24,7 +24,7 @@ from tokenizers.models import BPE
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from semalign.packaged import ModelUnavailable, converted_folder, load_whole, trained_folder
+from semalign.packaged import ModelUnavailable, converted_folder, load_whole
 from semalign.profiles import Profile, load_profile
 
 Model = nn.Module
@@ -151,7 +151,7 @@ def load_model(
 
     Args:
         source: ``{source: hub, id, revision}``, ``{source: folder, path}``, ``{source: packaged, id}``,
-            ``{source: trained, id}``, ``{source: pico, id}`` or ``{source: random, config, seed}``.
+            ``{source: pico, id}`` or ``{source: random, config, seed}``.
         device: ``auto`` takes a GPU where there is one.
         dtype: float32, bfloat16 or float16.
 
@@ -202,7 +202,7 @@ def _load(source: _Source, *, device: str, dtype: str) -> PreTrainedModel:
 
 def _open(source: Mapping[str, Any]) -> _Source:
     openers: dict[str, Callable[..., _Source]] = {
-        "hub": _hub, "folder": _folder, "packaged": _packaged, "trained": _trained, "pico": _pico, "random": _random
+        "hub": _hub, "folder": _folder, "packaged": _packaged, "pico": _pico, "random": _random
     }  # fmt: skip
     opened = openers[source["source"]](**{k: v for k, v in source.items() if k != "source"})
     if opened.tokenizer.pad_token is None:  # Llama-2 has none, and batches need one
@@ -283,10 +283,6 @@ def _pico(id: str) -> _Source:
 
 def _packaged(id: str) -> _Source:
     return _pretrained(str(converted_folder(id)), id)
-
-
-def _trained(id: str) -> _Source:
-    return _pretrained(str(trained_folder() / id), id)
 
 
 def _random(config: Mapping[str, Any], seed: int) -> _Source:

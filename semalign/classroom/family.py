@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase,
 from semalign import benchmarks
 from semalign.classroom import corpora
 from semalign.classroom.training import Recipe, build, held_out_loss, train, train_tokenizer, validation_windows
+from semalign.report import write_text
 
 WEIGHTS = Path(__file__).with_name("weights")
 _STUDENT = corpora.Mixture(corpora.PRETRAINING, reader="student")
@@ -71,13 +72,8 @@ def _publish(part: Path, whole: Path) -> None:
     files = sorted(
         p for p in whole.parent.glob("*/*") if p.suffix in (".json", ".safetensors") and p.parent.name[0] != "."
     )
-    write_json(whole.parent / "manifest.json", {f"{p.parent.name}/{p.name}": checksum(p) for p in files})
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as json, whole or not at all."""
-    path.with_suffix(".part").write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(path.with_suffix(".part"), path)
+    sums = {f"{p.parent.name}/{p.name}": checksum(p) for p in files}
+    write_text(whole.parent / "manifest.json", json.dumps(sums, indent=1) + "\n")
 
 
 def make_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -110,7 +106,7 @@ def make(name: str, folder: Path, work: Path, device: str = "cpu") -> None:
     facts["validation_loss"] = held_out_loss(model, validation_windows(tokenizer))
     facts["seconds"] = curve[-1]["seconds"]
     facts["machine"] = f"{platform.machine()}, {device}, {torch.get_num_threads()} thread(s), shared with other work"
-    write_json(part / "training.json", facts)
+    write_text(part / "training.json", json.dumps(facts, indent=1) + "\n")
     (part / "card.md").write_text(card(facts))
     _publish(part, folder / name)
 
@@ -147,7 +143,7 @@ def score(name: str, folder: Path, limit: int | None = None) -> dict[str, dict[s
             for item, record in zip(asked, records, strict=True):
                 groups.setdefault(item.known, []).append(record["correct"])
             scores[what]["by_known"] = {known: sum(v) / len(v) for known, v in sorted(groups.items())}
-    write_json(path, scores)
+    write_text(path, json.dumps(scores, indent=1) + "\n")
     facts = json.loads((folder / name / "training.json").read_text())
     (folder / name / "card.md").write_text(card(facts, scores))
     return scores
