@@ -35,6 +35,8 @@ ORDER: dict[str, tuple[str, ...]] = {
     "06_gsm8k": (),
     "07_humaneval": (),
     "08_mbpp": (),
+    "10_similarity": (),
+    "11_ablations": (),
     "12_controls": (),
     "13_rivals": (),
     "90_cost": (),

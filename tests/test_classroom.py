@@ -178,3 +178,61 @@ def test_loading_checks_names_and_files(
         family.load_pico("pico-xs", tmp_path / "weights")
     with pytest.raises(ValueError, match="no Pico model 'pico-m'"):
         family.load_pico("pico-m")
+
+
+# ------------------------------------------------------------------------------------------------ what ships
+
+
+@pytest.mark.parametrize("name", classroom.NAMES)
+def test_every_member_ships_with_its_card_its_curve_and_its_scores(name: str) -> None:
+    model, tokenizer = classroom.load_pico(name)
+    recipe, folder = classroom.RECIPES[name], family.WEIGHTS / name
+    assert (model.config.num_hidden_layers, model.config.hidden_size) == (recipe.layers, recipe.width)
+    assert not model.config.tie_word_embeddings and model.dtype == torch.float32
+    assert len(tokenizer) == model.config.vocab_size
+    made = json.loads((folder / "training.json").read_text())
+    assert made["seed"] == recipe.seed and made["steps"] == recipe.steps and made["lr"] == recipe.lr
+    curve = [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
+    assert curve[-1]["step"] == recipe.steps and curve[-1]["held_out"] < curve[3]["held_out"]
+    scores = json.loads((folder / "scores.json").read_text())
+    assert {s["n"] for s in scores.values()} == {500}
+    card = (folder / "card.md").read_text()
+    assert all(f"{s['value']:.1%} of 500 test questions" in card for s in scores.values())
+
+
+def test_the_weights_are_few() -> None:
+    assert sum(p.stat().st_size for p in family.WEIGHTS.rglob("*") if p.is_file()) < 60e6
+
+
+def test_ten_prompts_get_the_recorded_answers() -> None:
+    model, tokenizer = classroom.load_pico("pico-l")
+    rows = json.loads((Path(__file__).parent / "data" / "pico_answers.json").read_text())
+    assert len(rows) == 10
+    for row in rows:
+        ids = tokenizer(row["prompt"], return_tensors="pt")["input_ids"]
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=48, do_sample=False)
+        assert tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True) == row["answer"]
+
+
+def shipped(name: str) -> dict[str, float]:
+    scores = json.loads((family.WEIGHTS / name / "scores.json").read_text())
+    subjects = ("facts, in words", "word problems", "completion", "from text")
+    return {what: 100 * scores[what]["value"] for what in subjects}
+
+
+def test_there_is_something_to_transfer() -> None:
+    large, small = shipped("pico-l"), shipped("pico-s")
+    assert sum(large[what] >= small[what] + 10 for what in large) >= 3
+    assert max(large.values()) < 97
+    chance = {"facts, in words": 25.0}
+    assert all(large[what] >= chance.get(what, 0.0) + 30 for what in large)
+    for teacher in ("pico-l-code-a", "pico-l-code-b"):
+        code = shipped(teacher)
+        assert all(code[what] >= large[what] + 5 for what in ("completion", "from text"))
+
+
+def test_losses_are_ordered_by_scale_and_the_gap_is_the_papers() -> None:
+    loss = {n: json.loads((family.WEIGHTS / n / "training.json").read_text())["validation_loss"] for n in family.NAMES}
+    assert loss["pico-l"] < loss["pico-s"] < loss["pico-xs"]
+    large, small = family.RECIPES["pico-l"], family.RECIPES["pico-s"]
+    assert small.width / large.width == small.layers / large.layers == 0.8
