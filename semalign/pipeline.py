@@ -35,6 +35,7 @@ ORDER: dict[str, tuple[str, ...]] = {
     "06_gsm8k": (),
     "07_humaneval": (),
     "08_mbpp": (),
+    "09_fine_tuned_teachers": (),
     "10_similarity": (),
     "11_ablations": (),
     "12_controls": (),

@@ -48,6 +48,7 @@ class Profile:
     map: str = "paper"
     lr: float = 3e-4
     epochs: int = 5
+    fine_tuned_teachers: dict[str, dict[str, Any]] = field(default_factory=dict)
     methods: list[str] = field(default_factory=lambda: ["none", "sft", "semalign"])
     mmlu_protocol: str = "paper"
     others: int = 0
@@ -79,7 +80,8 @@ def load_profile(name_or_path: str | Path, folder: Path = FOLDER) -> Profile:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ProfileError(f"profile {path.name} is not yaml: {' '.join(str(error).split())}") from None
     _check(content, path.name)
-    for source in (content[k] for k in ("teacher", "student", "semantics_model") if k in content):
+    named = [content[k] for k in ("teacher", "student", "semantics_model") if k in content]
+    for source in [*named, *content.get("fine_tuned_teachers", {}).values()]:
         if source["source"] == "folder":
             source["path"] = str((path.parent / Path(source["path"]).expanduser()).resolve())
     content.setdefault("semantics_model", dict(content["student"]))
