@@ -26,14 +26,15 @@ _EVEN = (0.4, 0.4, 0.2)  # code teachers read every kind of program as often as 
 _LARGE = (5, 160, 5, 432)
 _CODE_A, _CODE_B = corpora.Mixture(corpora.CODE_A, _EVEN), corpora.Mixture(corpora.CODE_B, _EVEN)
 _RECIPES = (
-    Recipe("pico-l", *_LARGE, 5_529_600),
+    Recipe("pico-l-base", *_LARGE, 5_529_600),
+    Recipe("pico-l", *_LARGE, 2_560_000, corpora.Mixture(corpora.SKILLS), seed=3, lr=3e-3, base="pico-l-base"),
     Recipe("pico-s", 4, 128, 4, 344, 3_225_600, _STUDENT),
     Recipe("pico-xs", 2, 96, 3, 256, 1_024_000, _STUDENT),
     Recipe("pico-l-code-a", *_LARGE, 307_200, _CODE_A, seed=1, lr=1e-3, base="pico-l"),
     Recipe("pico-l-code-b", *_LARGE, 512_000, _CODE_B, seed=2, lr=1.5e-3, base="pico-l"),
 )
 RECIPES = {recipe.name: recipe for recipe in _RECIPES}
-NAMES = tuple(RECIPES)
+NAMES = ("pico-l", "pico-s", "pico-xs", "pico-l-code-a", "pico-l-code-b")  # of the models that ship
 
 
 def load_pico(name: str, folder: Path = WEIGHTS) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
@@ -42,7 +43,7 @@ def load_pico(name: str, folder: Path = WEIGHTS) -> tuple[LlamaForCausalLM, PreT
     Raises:
         ValueError: an unknown name, or a file that is missing or is not the one that the manifest lists.
     """
-    if name not in NAMES:
+    if name not in RECIPES:
         raise ValueError(f"there is no Pico model {name!r}: the names are {', '.join(NAMES)}")
     manifest = folder / "manifest.json"
     sums: dict[str, str] = json.loads(manifest.read_text()) if manifest.exists() else {}
