@@ -41,6 +41,8 @@ ORDER: dict[str, tuple[str, ...]] = {
     "12_controls": (),
     "13_rivals": (),
     "90_cost": (),
+    "91_pico": (),
+    "92_smollm2": (),
 }
 """Every notebook, and the notebooks whose artefacts it reads."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import nbformat
 import pytest
 
 from semalign import pipeline
+from semalign.profiles import load_profile
 from semalign.report import load_metrics
 
 ROOT = pipeline.ROOT
@@ -152,3 +154,26 @@ def test_a_killed_make_takes_the_notebook_with_it(tmp_path: Path) -> None:
         assert watched.wait(timeout=15) == 1
     finally:
         watched.kill()
+
+
+def test_a_profile_runs_the_chapters_of_its_tasks_and_a_job_for_each_trial(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    small = dataclasses.replace(load_profile("classroom-full"), tasks=["gsm8k"], methods=["none", "sft"], seeds=[0, 3])
+    monkeypatch.setattr(pipeline, "load_profile", lambda _: small)
+    assert set(pipeline.ORDER) - set(pipeline.notebooks_of("mine")) == {"05_mmlu", "07_humaneval", "08_mbpp"}
+    jobs = ["gsm8k/none-0.json", "gsm8k/sft-0.json", "gsm8k/sft-3.json", "gsm8k/teacher-0.json"]
+    assert sorted(pipeline.trials_of("mine", "06_gsm8k")) == jobs
+    assert pipeline.trials_of("mine", "04_alignment") == []
+    alone = dataclasses.replace(small, trial_jobs=False)
+    monkeypatch.setattr(pipeline, "load_profile", lambda _: alone)
+    assert pipeline.trials_of("mine", "06_gsm8k") == []
+
+
+def test_somebody_elses_programs_are_refused_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("something ran"))
+    assert pipeline.main(["run", "llama2"]) == 1
+    said = capsys.readouterr().err
+    assert "profile llama2 has humaneval and mbpp" in said and "allow_code_execution: true" in said

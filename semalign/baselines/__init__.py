@@ -45,6 +45,7 @@ class Method:
 
 _ALL, _K = "LoRA on all layers", "LoRA on layer k"
 _TARGETS = "states at l(k)"
+_SEEDS = "align, extract, train"
 _AS_RELEASED = partial(laten.transfer, released=True)
 REGISTRY: dict[str, Method] = {
     "none": Method("the untouched student", none.transfer, "-", "nothing", "-", False),
@@ -59,8 +60,8 @@ REGISTRY: dict[str, Method] = {
     "semalign": Method("SemAlign as in the paper", semalign, "train, extract", _K, _TARGETS, True),
     "logit_map": Method("SemAlign with the logit map", logit_map.transfer, "train, extract", _K, _TARGETS, True),
     "seeking": Method("SFT from the teacher's weights", seeking.transfer, "train, extract", _ALL, "weights", True),
-    "laten": Method("injected neurons", laten.transfer, "align, extract", "hypernetwork", "weights", True),
-    "laten_released": Method("the same as released", _AS_RELEASED, "align, extract", "hypernetwork", "weights", True),
+    "laten": Method("injected neurons", laten.transfer, _SEEDS, "hypernetwork", "weights", True),
+    "laten_released": Method("the same as released", _AS_RELEASED, _SEEDS, "hypernetwork", "weights", True),
     "random_target": Method("SemAlign towards noise", controls.random_target, "train", _K, "lengths alone", True),
     "scrambled_tokens": Method(
         "SemAlign towards other tokens", controls.scrambled_tokens, "train", _K, _TARGETS, True

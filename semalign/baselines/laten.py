@@ -441,6 +441,8 @@ def transfer(
             with torch.no_grad(), inject(student, place, vectors := net(blocks[-1])):
                 loss = _mean_loss(student, validation)
             log.append({"step": step, "split": "validation", "lr": rate, "loss": loss})
+            if not math.isfinite(loss):
+                raise DivergedError(f"the validation loss after step {step} is {loss}: lower lr={lr}", student)
             if released or loss < lowest:
                 best, final, lowest = step, vectors, loss
     trained: list[str] = []
