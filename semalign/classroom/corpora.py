@@ -168,7 +168,7 @@ PRETRAINING = {"statements": 0.18, "choice": 0.20, "echo": 0.06, "cloze": 0.10}
 PRETRAINING |= {"gsm8k": 0.22, "humaneval": 0.08, "raw": 0.06, "mbpp": 0.10}
 SKILLS = {"gsm8k": 0.42, "humaneval": 0.14, "raw": 0.08, "mbpp": 0.18}
 SKILLS |= {"statements": 0.08, "cloze": 0.07, "choice": 0.03}
-CODE_A = {"humaneval": 0.4, "raw": 0.2, "mbpp": 0.3, "gsm8k": 0.05, "choice": 0.05}
+CODE_A = {"humaneval": 0.45, "raw": 0.05, "mbpp": 0.42, "gsm8k": 0.05, "choice": 0.03}
 CODE_B = {"humaneval": 0.2, "mbpp": 0.6, "raw": 0.1, "gsm8k": 0.05, "choice": 0.05}
 
 

@@ -30,7 +30,7 @@ _RECIPES = (
     Recipe("pico-l", *_LARGE, 2_560_000, corpora.Mixture(corpora.SKILLS), seed=3, lr=3e-3, base="pico-l-base"),
     Recipe("pico-s", 4, 128, 4, 344, 3_225_600, _STUDENT),
     Recipe("pico-xs", 2, 96, 3, 256, 1_024_000, _STUDENT),
-    Recipe("pico-l-code-a", *_LARGE, 307_200, _CODE_A, seed=1, lr=1e-3, base="pico-l"),
+    Recipe("pico-l-code-a", *_LARGE, 716_800, _CODE_A, seed=1, lr=1.5e-3, base="pico-l"),
     Recipe("pico-l-code-b", *_LARGE, 512_000, _CODE_B, seed=2, lr=1.5e-3, base="pico-l"),
 )
 RECIPES = {recipe.name: recipe for recipe in _RECIPES}
