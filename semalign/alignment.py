@@ -224,12 +224,12 @@ def _supervise(
     n_student, head, gain = len(decoder_layers(student)), head_weight(student).clone(), norm_gain(student).clone()
     del student
     gc.collect()
-    layers = tuple(range(1, n_student + 1)) if isinstance(config.layers, str) else config.layers
+    layers = _named(config, n_student)
     folder, divergence = config.cache_folder or scratch / "supervision", config.output_loss in DIVERGENCES
     if layers is not None and not config.layer_weight and not divergence:  # the labels alone: no teacher is needed
         return _checked(layers, n_student), SupervisionCache.build(folder, None, encoded, ()), len(head)
     teacher = pair.load_teacher()
-    layers, sources = choose_layers(pair, teacher, data, n_student, layers, config)
+    layers, sources = choose_layers(pair, teacher, data, n_student, config)
     vocabulary = min(len(head), len(head_weight(teacher)))
     matrix = config.map if isinstance(config.map, Tensor) else None
     if isinstance(config.map, str):
@@ -268,11 +268,10 @@ def choose_layers(
     teacher: Model,
     data: TaskData,
     n_student: int,
-    layers: tuple[int, ...] | None,
     config: TransferConfig,
 ) -> tuple[tuple[int, ...], list[Source]]:
     """Student layers, shallow first, and the teacher source of each (section 4.1)."""
-    n_teacher = len(decoder_layers(teacher))
+    n_teacher, layers = len(decoder_layers(teacher)), _named(config, n_student)
     if layers is None:
         examples = encode(pair.tokenizer, data.extract or data.align or data.train, max_length=config.max_length)
         scores = torch.zeros(n_teacher)
@@ -290,6 +289,11 @@ def choose_layers(
         low, high, mix = interpolation(k, n_teacher, n_student) if config.interpolate else (depth, depth, 0.0)
         sources.append(Source(low, high, mix, config.interface))
     return ordered, sources
+
+
+def _named(config: TransferConfig, n_student: int) -> tuple[int, ...] | None:
+    """The student layers that ``config`` names by number or by "all"; None where attribution chooses."""
+    return tuple(range(1, n_student + 1)) if isinstance(config.layers, str) else config.layers
 
 
 def _checked(layers: tuple[int, ...], n_student: int) -> tuple[int, ...]:

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from semalign import supervision
-from semalign.alignment import DivergedError, TransferConfig, TransferResult, peak_memory
+from semalign.alignment import DivergedError, TransferConfig, TransferResult, costs
 from semalign.attribution import objective
 from semalign.models import Model, Pair, decoder, decoder_layers, head_weight, norm_gain, sublayers
 from semalign.supervision import Encoded, Example, TaskData, collate, encode
@@ -456,16 +456,15 @@ def transfer(
         raise ValueError(f"the merged student equals its base: raise init_std={std} or lr={lr}, or load it in float32")
     last = {"step": best, "split": "merge", "lr": 0.0, "loss": lowest, "changed_weights": changed}
     log.append({**last, "teacher_ties": given[-1][1], "student_ties": sites[-1][1], **_sizes(final, before)})
-    cost = {
-        "wall_s": time.perf_counter() - start,
-        "inputs_s": inputs_s,
-        "train_s": time.perf_counter() - begun,
-        "peak_memory_bytes": peak_memory(),
-        "teacher_tokens": float(teacher_tokens),
-        "student_tokens": float(student_tokens),
-        "trainable_parameters": float(sum(p.numel() for p in net.parameters())),
-        "cached_bytes_per_token": sum(v.nbytes for b in blocks for v in b.values()) / teacher_tokens,
-    }
+    cost = costs(
+        wall_s=time.perf_counter() - start,
+        inputs_s=inputs_s,
+        train_s=time.perf_counter() - begun,
+        teacher_tokens=float(teacher_tokens),
+        student_tokens=float(student_tokens),
+        trainable_parameters=float(sum(p.numel() for p in net.parameters())),
+        cached_bytes_per_token=sum(v.nbytes for b in blocks for v in b.values()) / teacher_tokens,
+    )
     return TransferResult(student.requires_grad_(True), trained, cost, log)
 
 

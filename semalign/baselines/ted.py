@@ -39,8 +39,7 @@ def transfer(
     student = pair.load_student().eval()
     n_student = len(decoder_layers(student))
     teacher = pair.load_teacher().eval()
-    given = tuple(range(1, n_student + 1)) if isinstance(config.layers, str) else config.layers
-    layers, sources = alignment.choose_layers(pair, teacher, data, n_student, given, config)
+    layers, sources = alignment.choose_layers(pair, teacher, data, n_student, config)
     if len(layers) > 1:
         raise ValueError(f"TED filters one layer pair here, and layers={layers}: name one layer")
     labels = torch.cat([e.labels[1:][e.labels[1:] != IGNORED] for e in encoded])
