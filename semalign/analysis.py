@@ -119,6 +119,11 @@ class Estimate(NamedTuple):
     p: float
 
 
+def verdict(low: float, high: float) -> str:
+    """What an interval of the difference between two methods says of the first, as words to put before the second."""
+    return "better than" if low > 0 else "worse than" if high < 0 else "not distinguishable from"
+
+
 def over_seeds_and_items(values: Tensor, *, draws: int = 10_000, level: float = 0.95, seed: int = 0) -> Estimate:
     """The mean of ``values`` (seeds, items), with both the seeds and the items resampled (percentile bootstrap).
 

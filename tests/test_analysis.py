@@ -9,7 +9,16 @@ from test_supervision import toy_data
 from tiny import tiny_llama
 from torch import Tensor
 
-from semalign.analysis import by_example, holm, linear_cka, mcnemar, over_seeds_and_items, paired_bootstrap, read_out
+from semalign.analysis import (
+    by_example,
+    holm,
+    linear_cka,
+    mcnemar,
+    over_seeds_and_items,
+    paired_bootstrap,
+    read_out,
+    verdict,
+)
 from semalign.supervision import IGNORED, Encoded, SupervisionCache, supervised
 
 
@@ -135,6 +144,11 @@ def test_seeds_and_items_are_both_resampled() -> None:
     width = {n: (e := over_seeds_and_items(v)).high - e.low for n, v in (("s", steady), ("m", moving))}
     assert width["s"] == pytest.approx(high - low, abs=0.02)
     assert width["m"] == pytest.approx(2 * 1.96 * (2.0 / 5 + 1 / 200) ** 0.5, rel=0.1)
+
+
+def test_a_verdict_needs_an_interval_on_one_side_of_zero() -> None:
+    assert [verdict(*i) for i in ((0.1, 0.2), (-0.2, -0.1))] == ["better than", "worse than"]
+    assert {verdict(*i) for i in ((-0.1, 0.1), (0.0, 0.1), (-0.1, 0.0), (0.0, 0.0))} == {"not distinguishable from"}
 
 
 def test_the_p_value_is_that_of_a_known_case() -> None:

@@ -180,8 +180,8 @@ def short(folder: str | Path, tokens: int = 150_000, vocabulary: int = 1024) -> 
         train_tokenizer(3_000, vocabulary).save_pretrained(folder / "tokenizer")
     tokenizer = load_tokenizer(folder)
     curves = {}
-    large = Recipe("short-l", 3, 96, 3, 256, tokens, lr=4e-3)
-    for recipe in (large, Recipe("short-s", 2, 64, 2, 176, tokens // 2, lr=4e-3)):
+    large = Recipe("short-l", 3, 96, 3, 256, tokens)
+    for recipe in (large, Recipe("short-s", 2, 64, 2, 176, tokens // 2)):
         model = build(recipe, tokenizer)
         curves[recipe.name] = train(recipe, model, tokenizer, folder / "work")
         model.save_pretrained(folder / recipe.name)
