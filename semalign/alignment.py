@@ -52,7 +52,7 @@ from semalign.supervision import (
 
 CHOICES = {
     "interface": ("mlp", "attention", "residual", "stream"),
-    "layer_loss": ("cosine", "mse", "relational"),
+    "layer_loss": ("cosine", "mse", "relational", "fisher"),
     "output_loss": ("cosine", "ce", "kl", "reverse_kl", "jsd", "none"),
     "targets": ("teacher", "random", "scrambled"),
     "trained": ("lora", "layer"),
@@ -302,18 +302,26 @@ def _checked(layers: tuple[int, ...], n_student: int) -> tuple[int, ...]:
     return tuple(sorted(layers))
 
 
-def layer_loss(kind: str, h: Tensor, target: Tensor, norm: Tensor, counts: Sequence[int]) -> Tensor:
+def layer_loss(
+    kind: str, h: Tensor, target: Tensor, norm: Tensor, counts: Sequence[int], head: Tensor | None = None
+) -> Tensor:
     """The layer term at each supervised position (n,) for h_k (n, D), h* (n, D') and the teacher's |h_T| (n,).
 
     ``cosine`` is the paper's 1 - cos(h_k, h*). ``mse`` is |h_k - M h_T|^2 / |M h_T|^2, which also fixes the length.
     ``relational`` compares, in each sequence (``counts`` positions each), the centred Gram matrices of the unit rows,
-    as mean squared difference; the widths D and D' may differ.
+    as mean squared difference; the widths D and D' may differ. ``fisher`` is (z - z*)' (diag p - p p') (z - z*) / 2 in
+    nats, for z = W h_k, z* = W M h_T, p = softmax(z*) and the student's ``head`` W (m, D): KL(z*, z) to second order.
     """
     if kind == "cosine":
         return 1 - F.cosine_similarity(h, target, dim=-1)
     if kind == "mse":
         aligned = target * norm[:, None]
         return (h - aligned).pow(2).sum(-1) / aligned.pow(2).sum(-1)
+    if kind == "fisher":
+        assert head is not None
+        aligned, weight = target * norm[:, None], head.detach().to(h.dtype)
+        p, moved = (aligned @ weight.T).softmax(-1), (h - aligned) @ weight.T
+        return ((p * moved.pow(2)).sum(-1) - (p * moved).sum(-1).pow(2)) / 2
     pairs = zip(h.split(list(counts)), target.split(list(counts)), strict=True)
     return torch.cat([(_gram(a) - _gram(b)).pow(2).mean().expand(len(a)) for a, b in pairs])
 
@@ -696,7 +704,9 @@ def _terms(run: _Run, stage: _Stage, examples: list[int]) -> dict[str, Tensor]:
         plain = h.detach()
         comparable = plain.shape == target.shape
         found = {
-            "layer_loss": layer_loss(config.layer_loss, h, target, norm, mask.sum(1).tolist()),
+            "layer_loss": layer_loss(
+                config.layer_loss, h, target, norm, mask.sum(1).tolist(), head_weight(run.student)
+            ),
             "cos": F.cosine_similarity(plain, target, dim=-1) if comparable else torch.full_like(norm, math.nan),
             "norm_ratio": plain.norm(dim=-1) / (norm * target.norm(dim=-1)),
         }

@@ -47,6 +47,7 @@ class Profile:
     interface: str = "mlp"
     map: str = "paper"
     lr: float = 3e-4
+    lrs: dict[str, float] = field(default_factory=dict)
     epochs: int = 5
     fine_tuned_teachers: dict[str, dict[str, Any]] = field(default_factory=dict)
     methods: list[str] = field(default_factory=lambda: ["none", "sft", "semalign"])

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from semalign import analysis, benchmarks, classroom
-from semalign.alignment import TransferConfig, costs
+from semalign.alignment import DivergedError, TransferConfig, costs
 from semalign.baselines import REGISTRY
 from semalign.benchmarks.data import Row, sample
 from semalign.models import Pair, decoder_layers, load_pair
@@ -27,11 +27,12 @@ from semalign.supervision import SupervisionCache, TaskData, encode
 SPLITS = ("train", "align", "extract", "validation")
 USED = (
     "teacher", "student", "data", "sizes", "max_length", "batch_size", "eval_batch_size", "device", "dtype", "layer",
-    "interface", "map", "lr", "epochs", "allow_code_execution", "max_new_tokens",
+    "interface", "map", "lr", "lrs", "epochs", "allow_code_execution", "max_new_tokens",
     "mmlu_protocol",
 )  # fmt: skip
-CODE = ("alignment", "attribution", "models", "pairing", "semantics", "supervision", "trials")  # and two folders
+CODE = ("alignment", "attribution", "models", "pairing", "semantics", "supervision", "trials")  # and three folders
 TEACHER = "teacher"  # the name under which the teacher answers
+UNTUNED = (TEACHER, "none", "laten", "laten_released")  # nothing trains, or at a rate of the method's own
 Settings = Mapping[str, Any]
 """A profile's values by name, as a notebook has them; those in ``USED`` are read."""
 
@@ -63,7 +64,7 @@ def run_trial(
     folder: str | Path,
     *,
     changes: Mapping[str, Any] | None = None,
-    split: str = "test",
+    split: str | None = "test",
     others: int = 0,
     variant: str = "",
 ) -> dict[str, Any]:
@@ -72,7 +73,7 @@ def run_trial(
     Args:
         method: a name of the registry, or ``teacher``.
         changes: fields of ``TransferConfig`` that differ from the profile's; ``variant`` names the file then.
-        split: whose questions are answered: ``test``, or ``validation`` where something is still to be chosen.
+        split: whose questions are answered; None asks none, where something is still to be chosen.
         others: how many questions of each other task of the profile to ask, for what was forgotten.
 
     Returns:
@@ -94,10 +95,10 @@ def run_trial(
     if method == TEACHER:
         model: Any = pair.load_teacher().eval()
     else:
-        config = _config(settings, pair, seed)
+        config = _config(settings, pair, method, seed)
         result = REGISTRY[method].transfer(pair, data, replace(config, **(changes or {})))
         model, spent = result.student, result.cost
-    answers = {task: answer(settings, pair, model, task, split=split)}
+    answers = {task: answer(settings, pair, model, task, split=split)} if split else {}
     for other in settings["tasks"] if others else ():
         if other != task:
             answers[other] = answer(settings, pair, model, other, limit=others)
@@ -113,12 +114,14 @@ def trial_key(settings: Settings, task: str, method: str, seed: int, *rest: Any)
     """sha256 over the settings that count, the trial's own, and the code that makes it."""
     here = Path(__file__).parent
     files = [here / f"{name}.py" for name in CODE]
-    files += sorted(p for name in ("baselines", "benchmarks") for p in (here / name).rglob("*") if p.is_file())
-    used = {name: settings.get(name) for name in USED}
+    files += sorted(
+        p for name in ("baselines", "benchmarks", "classroom") for p in (here / name).rglob("*") if p.is_file()
+    )
+    used = {name: settings.get(name) for name in USED if name != "lrs"} | {"lr": rate(settings, method)}
     tensors = json.dumps([used, task, method, seed, *rest], sort_keys=True, default=_fingerprint)
     digest = hashlib.sha256(tensors.encode())
     for path in files:
-        if path.suffix in (".py", ".yaml"):
+        if path.suffix in (".py", ".yaml", ".json", ".csv"):  # the weights' checksums stand in a json file
             digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -127,15 +130,56 @@ def _fingerprint(value: Any) -> str:
     return hashlib.sha256(value.numpy().tobytes()).hexdigest() if isinstance(value, torch.Tensor) else repr(value)
 
 
-def _config(settings: Settings, pair: Pair, seed: int) -> TransferConfig:
-    """The same for every method. No cache is shared between runs, so that each reports all that it needs."""
+def rate(settings: Settings, method: str) -> float:
+    """The learning rate of a method: its own where one was chosen for it, else the profile's."""
+    own: Mapping[str, float] = settings.get("lrs") or {}
+    return own.get(method, settings["lr"])
+
+
+def grid(
+    settings: Settings, rates: Sequence[float], folder: str | Path
+) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Every method of the profile at every rate, on every task, under the first seed: method to rate to task to score.
+
+    The score is the share of the answers' tokens that are predicted on validation examples; None where the training
+    broke off. No test question is asked. ``UNTUNED`` methods are left out.
+    """
+    seed = settings["seeds"][0]
+
+    def score(method: str, lr: float, task: str) -> float | None:
+        changes, variant = {"lr": lr}, f"{lr:g}"
+        try:
+            found = run_trial(settings, task, method, seed, folder, changes=changes, split=None, variant=variant)
+        except DivergedError:
+            return None
+        seen = found["validation"]["right"]
+        return sum(seen) / len(seen)
+
+    tuned = [method for method in settings["methods"] if method not in UNTUNED]
+    return {m: {f"{lr:g}": {t: score(m, lr, t) for t in settings["tasks"]} for lr in rates} for m in tuned}
+
+
+def choose_rate(scores: Mapping[str, Mapping[str, float | None]]) -> float:
+    """The rate with the highest mean score over tasks, of those at which every task was trained to its end.
+
+    Raises:
+        ValueError: there is none.
+    """
+    means = {r: sum(filter(None, s.values())) / len(s) for r, s in scores.items() if None not in s.values()}
+    if not means:
+        raise ValueError(f"training broke off at every rate of {', '.join(scores)}: try lower ones")
+    return float(max(sorted(means, key=float), key=lambda r: means[r]))  # of equals the lowest
+
+
+def _config(settings: Settings, pair: Pair, method: str, seed: int) -> TransferConfig:
+    """The same for every method but its rate. No cache is shared between runs: each reports all that it needs."""
     layers = None
     if settings.get("layer") is not None:
         depths = [len(decoder_layers(load())) for load in (pair.load_teacher, pair.load_student)]
         layers = (critical_pair(settings["layer"], *depths)[1],)
     return TransferConfig(
         layers=layers, interface=settings["interface"], map=settings["map"], epochs=settings["epochs"],
-        lr=settings["lr"], batch=settings["batch_size"], micro_batch=settings["eval_batch_size"],
+        lr=rate(settings, method), batch=settings["batch_size"], micro_batch=settings["eval_batch_size"],
         max_length=settings["max_length"], seed=seed,
     )  # fmt: skip
 

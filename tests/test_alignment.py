@@ -432,6 +432,26 @@ def test_validation_losses_follow_each_epoch_and_change_nothing() -> None:
     assert all(r["layer_loss"] == pytest.approx(1 - r["cos"], abs=1e-5) and r["norm_ratio"] > 0 for r in records)
 
 
+def test_fisher_loss_is_the_divergence_of_the_logits_to_second_order() -> None:
+    h, target, head = torch.randn(7, 6), torch.randn(7, 6), torch.randn(11, 6)
+    norm = target.norm(dim=-1)
+    unit = torch.nn.functional.normalize(target, dim=-1)
+    for step, tolerance in ((1e-2, 3e-2), (1e-3, 3e-3)):
+        moved = (target + step * h).double()
+        p, q = (target.double() @ head.double().T).log_softmax(-1), (moved @ head.double().T).log_softmax(-1)
+        expected = (p.exp() * (p - q)).sum(-1)
+        found = alignment.layer_loss("fisher", moved, unit.double(), norm.double(), [7], head.double())
+        torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=0)
+
+
+def test_fisher_loss_trains() -> None:
+    result = transfer(
+        make_pair(), task(), settings(layer_loss="fisher", interface="stream", output_loss="none", epochs=6)
+    )
+    found = [r["layer_loss"] for r in result.log if r["split"] == "train"]
+    assert found[-1] < 0.9 * found[0]
+
+
 def test_relational_loss_needs_no_map_between_widths() -> None:
     result = transfer(make_pair(), task(), settings(map=None, layer_loss="relational", output_loss="none", epochs=6))
     assert losses(result)[-1] < 0.8 * losses(result)[0]
@@ -551,7 +571,7 @@ def test_a_diverging_loss_stops(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"layer_loss": "huber"}, "layer_loss='huber' is not one of cosine, mse, relational"),
+        ({"layer_loss": "huber"}, "layer_loss='huber' is not one of cosine, mse, relational, fisher"),
         ({"interface": "logits"}, "interface"),
         ({"teacher_layers": (1, 2)}, "one teacher layer for each"),
         ({"layers": (4,)}, r"layers=\(4,\) must name different layers of a student of 3"),

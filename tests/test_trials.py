@@ -52,6 +52,33 @@ def test_a_trial_is_read_when_it_is_there_and_made_again_when_a_setting_changes(
         trials.run_trial(settings(), "gsm8k", "sft", 0, folder, others=2, changes={"lr": 1e-4})
 
 
+def test_a_rate_of_its_own_counts_for_its_method_alone() -> None:
+    own = settings(lrs={"sft": 1e-2})
+    assert (trials.rate(own, "sft"), trials.rate(own, "semalign")) == (1e-2, own["lr"])
+    key = trials.trial_key
+    assert key(own, "gsm8k", "sft", 0) != key(settings(), "gsm8k", "sft", 0) == key(settings(lrs={}), "gsm8k", "sft", 0)
+    assert key(own, "gsm8k", "semalign", 0) == key(settings(), "gsm8k", "semalign", 0)
+
+
+def test_a_grid_asks_no_question_and_leaves_out_what_has_no_rate(tmp_path: Path) -> None:
+    chosen = settings(methods=["none", "sft", "laten"], tasks=["gsm8k"])
+    found = trials.grid(chosen, (1e-3, 1e-1), tmp_path)
+    assert set(found) == {"sft"} and set(found["sft"]) == {"0.001", "0.1"}
+    assert all(0 <= scores["gsm8k"] <= 1 for scores in found["sft"].values())
+    files = [json.loads(p.read_text()) for p in tmp_path.glob("gsm8k/*.json")]
+    assert len(files) == 2 and all(f["answers"] == {} for f in files)
+    losses = [sum(f["validation"]["loss"]) for f in files]
+    assert losses[0] != losses[1]
+
+
+def test_the_rate_with_the_best_mean_is_chosen_and_a_broken_one_never() -> None:
+    scores = {"0.1": {"a": 0.9, "b": None}, "0.01": {"a": 0.5, "b": 0.7}, "0.001": {"a": 0.8, "b": 0.4}}
+    assert trials.choose_rate(scores) == 0.001  # of equals the lowest
+    assert trials.choose_rate({**scores, "1": {"a": 0.7, "b": 0.7}}) == 1.0
+    with pytest.raises(ValueError, match=r"broke off at every rate of 0\.1: try lower ones"):
+        trials.choose_rate({"0.1": scores["0.1"]})
+
+
 def test_the_teacher_agrees_with_itself(tmp_path: Path) -> None:
     found = trials.run_trial(settings(), "mmlu", trials.TEACHER, 0, tmp_path)
     assert found["validation"]["agree"] == [1.0] * 3
@@ -88,4 +115,4 @@ def test_an_unknown_method_is_refused_by_name(tmp_path: Path) -> None:
 def test_a_layer_of_the_profile_is_the_teachers() -> None:
     pair = load_pair({n: settings()[n] for n in ("teacher", "student", "device", "dtype")})
     for layer, k in ((1, 1), (2, 2), (4, 3)):  # 4 teacher and 3 student layers
-        assert trials._config(settings(layer=layer), pair, 0).layers == (k,)
+        assert trials._config(settings(layer=layer), pair, "semalign", 0).layers == (k,)
