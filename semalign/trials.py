@@ -30,7 +30,16 @@ USED = (
     "interface", "map", "lr", "lrs", "epochs", "allow_code_execution", "max_new_tokens",
     "mmlu_protocol",
 )  # fmt: skip
-CODE = ("alignment", "attribution", "models", "pairing", "semantics", "supervision", "trials")  # and three folders
+CODE = (
+    "alignment",
+    "analysis",
+    "attribution",
+    "models",
+    "pairing",
+    "semantics",
+    "supervision",
+    "trials",
+)  # and three folders
 TEACHER = "teacher"  # the name under which the teacher answers
 UNTUNED = (TEACHER, "none", "laten", "laten_released")  # nothing trains, or at a rate of the method's own
 Settings = Mapping[str, Any]
