@@ -121,15 +121,17 @@ def run_trial(
 
 def trial_key(settings: Settings, task: str, method: str, seed: int, *rest: Any) -> str:
     """sha256 over the settings that count, the trial's own, and the code that makes it."""
-    here = Path(__file__).parent
-    files = [here / f"{name}.py" for name in CODE]
-    files += sorted(
-        p for name in ("baselines", "benchmarks", "classroom") for p in (here / name).rglob("*") if p.is_file()
-    )
     used = {name: settings.get(name) for name in USED if name != "lrs"} | {"lr": rate(settings, method)}
-    tensors = json.dumps([used, task, method, seed, *rest], sort_keys=True, default=_fingerprint)
-    digest = hashlib.sha256(tensors.encode())
-    for path in files:
+    own = json.dumps([used, task, method, seed, *rest, code_key()], sort_keys=True, default=_fingerprint)
+    return hashlib.sha256(own.encode()).hexdigest()
+
+
+def code_key() -> str:
+    """sha256 over the code and the classroom's data that a trial depends on: the version that its numbers belong to."""
+    here = Path(__file__).parent
+    folders = (p for name in ("baselines", "benchmarks", "classroom") for p in (here / name).rglob("*") if p.is_file())
+    digest = hashlib.sha256()
+    for path in [*(here / f"{name}.py" for name in CODE), *sorted(folders)]:
         if path.suffix in (".py", ".yaml", ".json", ".csv"):  # the weights' checksums stand in a json file
             digest.update(path.read_bytes())
     return digest.hexdigest()
