@@ -25,7 +25,8 @@ class ProfileError(ValueError):
 class Profile:
     """One run of the book. Keys are those of ``profile.schema.json``; the defaults are those of a small run on a CPU.
 
-    ``teacher``, ``student`` and ``semantics_model`` are model sources, see :func:`semalign.models.load_model`.
+    ``teacher``, ``student``, ``smaller_student`` and ``semantics_model`` are model sources, see
+    :func:`semalign.models.load_model`.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Profile:
     teacher: dict[str, Any]
     student: dict[str, Any]
     semantics_model: dict[str, Any]
+    smaller_student: dict[str, Any] | None = None
     semantics_texts: int = 20
     data: str = "benchmarks"
     tasks: list[str] = field(default_factory=lambda: ["mmlu", "gsm8k", "humaneval", "mbpp"])
@@ -81,7 +83,7 @@ def load_profile(name_or_path: str | Path, folder: Path = FOLDER) -> Profile:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ProfileError(f"profile {path.name} is not yaml: {' '.join(str(error).split())}") from None
     _check(content, path.name)
-    named = [content[k] for k in ("teacher", "student", "semantics_model") if k in content]
+    named = [content[k] for k in ("teacher", "student", "smaller_student", "semantics_model") if k in content]
     for source in [*named, *content.get("fine_tuned_teachers", {}).values()]:
         if source["source"] == "folder":
             source["path"] = str((path.parent / Path(source["path"]).expanduser()).resolve())

@@ -46,16 +46,24 @@ Settings = Mapping[str, Any]
 """A profile's values by name, as a notebook has them; those in ``USED`` are read."""
 
 
-def splits(settings: Settings, task: str) -> TaskData:
-    """The examples of a task, cut to the profile's sizes."""
+def seeds_of(method: str, seeds: Sequence[int]) -> Sequence[int]:
+    """The seeds that a method runs under: the first alone where nothing is drawn, as in ``teacher`` and ``none``."""
+    return seeds[:1] if method in (TEACHER, "none") else seeds
+
+
+def splits(settings: Settings, task: str, watched: str = "validation") -> TaskData:
+    """The examples of a task, cut to the profile's sizes; the split ``watched`` is its validation."""
     cloze = settings["mmlu_protocol"] == "paper-cloze"
     if settings["data"] == "classroom":
-        whole = classroom.task_data(task, cloze=cloze)
+        whole = classroom.task_data(task, cloze=cloze, watched=watched)
     elif cloze:
         raise ValueError("mmlu_protocol: paper-cloze needs data: classroom, whose examples are asked without choices")
     else:
         whole = benchmarks.task_data(task)
-    return TaskData(task, **{s: getattr(whole, s)[: settings["sizes"][s]] for s in SPLITS})
+        if watched == "test":
+            whole = replace(whole, validation=benchmarks.data.examples(task))
+    sizes = {**settings["sizes"], "validation": settings["sizes"][watched]}
+    return TaskData(task, **{s: getattr(whole, s)[: sizes[s]] for s in SPLITS})
 
 
 def questions(settings: Settings, task: str, split: str = "test", limit: int | None = None) -> list[Row]:
@@ -76,6 +84,7 @@ def run_trial(
     split: str | None = "test",
     others: int = 0,
     variant: str = "",
+    watched: str = "validation",
 ) -> dict[str, Any]:
     """Train by ``method`` on ``task``, answer its questions, compare with the teacher, and keep it all in ``folder``.
 
@@ -84,9 +93,10 @@ def run_trial(
         changes: fields of ``TransferConfig`` that differ from the profile's; ``variant`` names the file then.
         split: whose questions are answered; None asks none, where something is still to be chosen.
         others: how many questions of each other task of the profile to ask, for what was forgotten.
+        watched: the split whose reference answers are read: ``test`` only for what has been chosen.
 
     Returns:
-        ``answers``: a task's (id, correct, prediction) a question; ``validation``: for each validation example the mean
+        ``answers``: a task's (id, correct, prediction) a question; ``validation``: for each watched example the mean
         over its positions of ``loss``, ``right``, and against the teacher ``kl`` (nats) and ``agree``; ``cost``.
 
     Raises:
@@ -95,11 +105,11 @@ def run_trial(
     if method not in (TEACHER, *REGISTRY):
         raise ValueError(f"unknown method {method!r}: the methods are {', '.join((TEACHER, *REGISTRY))}")
     path = Path(folder, task, f"{method}{'-' + variant if variant else ''}-{seed}.json")
-    key = trial_key(settings, task, method, seed, changes, split, others)
+    key = trial_key(settings, task, method, seed, changes, split, others, watched)
     if path.exists() and (found := json.loads(path.read_text(encoding="utf-8")))["key"] == key:
         return dict(found)
     pair = load_pair({name: settings[name] for name in ("teacher", "student", "device", "dtype")})
-    data = splits(settings, task)
+    data = splits(settings, task, watched)
     spent = costs()
     if method == TEACHER:
         model: Any = pair.load_teacher().eval()
@@ -155,7 +165,7 @@ def grid(
     The score is the share of the answers' tokens that are predicted on validation examples; None where the training
     broke off. No test question is asked. ``UNTUNED`` methods are left out.
     """
-    seed = settings["seeds"][0]
+    seed, settings = settings["seeds"][0], {**settings, "lrs": {}}
 
     def score(method: str, lr: float, task: str) -> float | None:
         changes, variant = {"lr": lr}, f"{lr:g}"
@@ -163,8 +173,7 @@ def grid(
             found = run_trial(settings, task, method, seed, folder, changes=changes, split=None, variant=variant)
         except DivergedError:
             return None
-        seen = found["validation"]["right"]
-        return sum(seen) / len(seen)
+        return float(seen([found], "right").mean())
 
     tuned = [method for method in settings["methods"] if method not in UNTUNED]
     return {m: {f"{lr:g}": {t: score(m, lr, t) for t in settings["tasks"]} for lr in rates} for m in tuned}
@@ -230,3 +239,15 @@ def compare(settings: Settings, pair: Pair, model: Any, data: TaskData, cache: P
 def right(trials: Sequence[Mapping[str, Any]], task: str) -> torch.Tensor:
     """Correct (1.0) or not, (trials, questions), of trials that answered the same questions."""
     return torch.tensor([[a["correct"] for a in t["answers"][task]] for t in trials], dtype=torch.float64)
+
+
+def seen(trials: Sequence[Mapping[str, Any]], what: str) -> torch.Tensor:
+    """``loss``, ``right``, ``kl`` or ``agree``, (trials, examples), of trials that watched the same examples."""
+    return torch.tensor([t["validation"][what] for t in trials], dtype=torch.float64)
+
+
+def measured(trials: Sequence[Mapping[str, Any]], task: str, metric: str) -> torch.Tensor:
+    """(trials, items), more is better: ``answers`` right, answer ``tokens`` predicted, or the negative ``loss``."""
+    if metric == "answers":
+        return right(trials, task)
+    return seen(trials, "right") if metric == "tokens" else -seen(trials, "loss")

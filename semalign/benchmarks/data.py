@@ -128,11 +128,25 @@ def task_data(task: str, source: str | Path | None = None, seed: int = 0) -> Tas
     return TaskData(task, cut["train"], cut["align"], cut["extract"], rest)
 
 
+def examples(task: str, source: str | Path | Sequence[Row] | None = None, split: str = "test") -> tuple[Example, ...]:
+    """The questions of a split with their reference answers, as chat text; only to be measured on, where it is a test.
+
+    Raises:
+        DataError: as :func:`load_items`, or a HumanEval row has no ``canonical_solution``.
+    """
+    return tuple(_example(task, row) for row in load_items(task, source, split))
+
+
 def _example(task: str, row: Row) -> Example:
+    if task == "humaneval" and "canonical_solution" not in row:
+        raise DataError(
+            f"{row['id']} has no canonical_solution, which a reference answer needs: take HumanEval's own file"
+        )
     answer = {
         "mmlu": lambda: f" {LETTERS[row['answer']]}",
         "gsm8k": lambda: f" {_one_line(row['answer'])} So the answer is {gsm8k_gold(row['answer'])}.",
         "mbpp": lambda: row["code"],
+        "humaneval": lambda: row["prompt"] + row["canonical_solution"],
     }[task]()
     return Example(wrap(user_turn(task, row)), PREFIX[task] + answer)
 

@@ -118,10 +118,11 @@ def items(subject: str, split: str) -> tuple[Item, ...]:
     return tuple(found)
 
 
-def task_data(subject: str, *, cloze: bool = False) -> TaskData:
+def task_data(subject: str, *, cloze: bool = False, watched: str = "validation") -> TaskData:
     """LaTen's splits of a subject as chat text: the prompt is the wrapped user turn, the response the assistant's.
 
-    ``cloze`` asks facts without choices, so that the response is the answer itself and no letter.
+    ``cloze`` asks facts without choices, so that the response is the answer itself and no letter. ``watched`` names the
+    split that stands as ``validation``.
     """
 
     def turns(item: Item) -> tuple[str, str]:
@@ -133,7 +134,7 @@ def task_data(subject: str, *, cloze: bool = False) -> TaskData:
     def examples(split: str) -> tuple[Example, ...]:
         return tuple(Example(chat(user), response) for user, response in map(turns, items(subject, split)))
 
-    return TaskData(subject, *map(examples, ("train", "align", "extract", "validation")))
+    return TaskData(subject, *map(examples, ("train", "align", "extract", watched)))
 
 
 def write_data(folder: str | Path) -> Path:
