@@ -40,14 +40,26 @@ ORDER: dict[str, tuple[str, ...]] = {
     "11_ablations": (),
     "12_controls": (),
     "13_rivals": (),
+    "14_search": (),
+    "15_paper_against_ours": (
+        "01_semantics", "04_alignment", "05_mmlu", "06_gsm8k", "07_humaneval", "08_mbpp", "09_fine_tuned_teachers",
+        "10_similarity", "11_ablations", "12_controls", "14_search",
+    ),
     "90_cost": (),
     "91_pico": (),
     "92_smollm2": (),
-}
-"""Every notebook, and the notebooks whose artefacts it reads."""
+    "93_full_run": (),
+}  # fmt: skip
+"""Every notebook, and the notebooks whose artefacts or numbers it reads, where the profile has them."""
 
 BENCHMARKS = {"05_mmlu": "mmlu", "06_gsm8k": "gsm8k", "07_humaneval": "humaneval", "08_mbpp": "mbpp"}
 """The notebooks that are of one task, and run where the profile has it."""
+
+KEPT_ELSEWHERE = ("90_cost", "91_pico", "92_smollm2", "93_full_run")
+"""The notebooks that a profile says nothing to."""
+
+RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+"""The grid of learning rates, the same for every method."""
 
 _LOCKS: list[Any] = []  # open lock files: closing one would release it
 
@@ -83,7 +95,8 @@ def _code() -> list[tuple[str, str]]:
 def notebooks_of(profile: str) -> dict[str, tuple[str, ...]]:
     """Those of ``ORDER`` that a profile runs: all but the chapters of tasks that it leaves out."""
     tasks = load_profile(profile).tasks
-    return {name: before for name, before in ORDER.items() if BENCHMARKS.get(name, tasks[0]) in tasks}
+    left = {name: before for name, before in ORDER.items() if BENCHMARKS.get(name, tasks[0]) in tasks}
+    return {name: tuple(b for b in before if b in left) for name, before in left.items()}
 
 
 def trials_of(profile: str, name: str) -> list[str]:
@@ -91,11 +104,12 @@ def trials_of(profile: str, name: str) -> list[str]:
 
     None where the profile has no ``trial_jobs``: there the notebook runs them itself, one after another.
     """
+    from semalign.trials import TEACHER, seeds_of
+
     chosen = load_profile(profile)
     task = BENCHMARKS.get(name) if chosen.trial_jobs else None
-    alone = dict.fromkeys(("teacher", "none"), chosen.seeds[:1])  # nothing is drawn in them
-    seeds = {**dict.fromkeys(chosen.methods, chosen.seeds), **alone}
-    return [f"{task}/{method}-{seed}.json" for method, own in seeds.items() for seed in own] if task else []
+    methods = dict.fromkeys((TEACHER, "none", *chosen.methods)) if task else ()
+    return [f"{task}/{method}-{seed}.json" for method in methods for seed in seeds_of(method, chosen.seeds)]
 
 
 def trial_digest(profile: str) -> str:
@@ -289,6 +303,44 @@ def run_trial(profile: str, task: str, method: str, seed: int, results: Path) ->
     print(f"[{task}] {time.monotonic() - started:6.1f} s  {method}, seed {seed}", flush=True)
 
 
+def choose_rates(profile: str) -> Path:
+    """Try every method of a profile at the rates of the grid, and keep scores and choices in ``book/rates``.
+
+    The trials are kept in the profile's results, so that a run that was stopped goes on where it was.
+    """
+    from semalign import trials
+    from semalign.report import save_metrics
+
+    settings, target = parameters(load_profile(profile)), ROOT / "book" / "rates" / f"{profile}.json"
+    scores = trials.grid(settings, RATES, ROOT / "results" / profile / "artefacts" / "rates")
+    chosen = {method: trials.choose_rate(of_rates) for method, of_rates in scores.items()}
+    found = {"tasks": settings["tasks"], "examples": settings["sizes"], "epochs": settings["epochs"]}
+    metrics = {**found, "scores": scores, "chosen": chosen, "code": trials.code_key()}
+    save_metrics(target, metrics, seeds=settings["seeds"][:1], profile=profile)
+    return target
+
+
+def keep(profile: str) -> Path:
+    """Copy the metrics of a finished run to ``book/full_run``, with the version of the code that they belong to.
+
+    Raises:
+        RuntimeError: a notebook has no metrics yet; nothing is copied then.
+    """
+    from semalign.report import load_metrics, save_metrics
+    from semalign.trials import code_key
+
+    source, target = ROOT / "results" / profile / "metrics", ROOT / "book" / "full_run"
+    names = [name for name in notebooks_of(profile) if name not in KEPT_ELSEWHERE]
+    if missing := [name for name in names if not (source / f"{name}.json").exists()]:
+        raise RuntimeError(f"{profile} has no numbers of {', '.join(missing)}: call make notebooks PROFILE={profile}")
+    target.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        shutil.copyfile(source / f"{name}.json", target / f"{name}.json")
+    _, made = load_metrics(source / f"{names[-1]}.json")
+    save_metrics(target / "version.json", {"code": code_key()}, seeds=made["seeds"], profile=profile)
+    return target
+
+
 def run(profile: str, cores: str, until: str) -> int:
     """Call Snakemake for one profile and print where the book is.
 
@@ -315,7 +367,7 @@ def run(profile: str, cores: str, until: str) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line: ``run PROFILE``; and, for the Snakefile, ``notebook``, ``trial`` and ``book``."""
+    """The command line: ``run``, ``rates``, ``keep``; and, for the Snakefile, ``notebook``, ``trial`` and ``book``."""
     parser = argparse.ArgumentParser(prog="python -m semalign.pipeline", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     whole = verbs.add_parser("run", help="run a profile's notebooks and build its book")
@@ -332,6 +384,8 @@ def main(argv: list[str] | None = None) -> int:
     trial.add_argument("method")
     trial.add_argument("seed", type=int)
     trial.add_argument("--results", type=Path, required=True)
+    for name, say in {"rates": "choose the methods' learning rates", "keep": "keep a run's numbers"}.items():
+        verbs.add_parser(name, help=say).add_argument("profile")
     book = verbs.add_parser("book", help="build the book from executed notebooks")
     book.add_argument("profile")
     book.add_argument("--results", type=Path, required=True)
@@ -344,6 +398,8 @@ def main(argv: list[str] | None = None) -> int:
             run_notebook(given.name, given.profile, given.results.resolve())
         elif given.verb == "trial":
             run_trial(given.profile, given.task, given.method, given.seed, given.results.resolve())
+        elif given.verb in ("rates", "keep"):
+            print({"rates": choose_rates, "keep": keep}[given.verb](given.profile))
         else:
             build_book(given.profile, given.results.resolve())
     except (ProfileError, NotebookFailed, RuntimeError) as error:

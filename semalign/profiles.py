@@ -53,6 +53,8 @@ class Profile:
     epochs: int = 5
     fine_tuned_teachers: dict[str, dict[str, Any]] = field(default_factory=dict)
     methods: list[str] = field(default_factory=lambda: ["none", "sft", "semalign"])
+    primary: str = "answers"
+    search: dict[str, Any] = field(default_factory=dict)
     mmlu_protocol: str = "paper"
     others: int = 0
     max_new_tokens: int | None = None
@@ -83,13 +85,15 @@ def load_profile(name_or_path: str | Path, folder: Path = FOLDER) -> Profile:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ProfileError(f"profile {path.name} is not yaml: {' '.join(str(error).split())}") from None
     _check(content, path.name)
-    named = [content[k] for k in ("teacher", "student", "smaller_student", "semantics_model") if k in content]
+    named = [content[k] for k in ("teacher", "student", "smaller_student", "semantics_model") if content.get(k)]
     for source in [*named, *content.get("fine_tuned_teachers", {}).values()]:
         if source["source"] == "folder":
             source["path"] = str((path.parent / Path(source["path"]).expanduser()).resolve())
     content.setdefault("semantics_model", dict(content["student"]))
     content["sizes"] = {**SIZES, **content.get("sizes", {})}
-    return Profile(name=path.stem, **content)
+    chosen = Profile(name=path.stem, **content)
+    chosen.search.update({"draws": 8, "tasks": chosen.tasks[:1], **chosen.search})
+    return chosen
 
 
 def parameters(profile: Profile) -> dict[str, Any]:
