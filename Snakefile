@@ -15,6 +15,8 @@ PROFILE = config.get("profile", "classroom")
 RESULTS = Path(config.get("results", f"results/{PROFILE}")).as_posix()
 DIGESTS = pipeline.digests(PROFILE)
 GPU = int(pipeline.load_profile(PROFILE).device != "cpu")  # jobs that share a GPU run one after another
+# The small models of a CPU profile gain nothing from a second thread: notebooks run side by side instead.
+THREADS = (workflow.cores or 1) if GPU else 1
 PYTHON = config.get("python", sys.executable)
 
 os.environ["SEMALIGN_PIPELINE_PID"] = str(os.getpid())
@@ -73,7 +75,7 @@ for name in DIGESTS:
         name:
             f"notebook_{name}"
         input:
-            [f"{RESULTS}/metrics/{before}.json" for before in pipeline.ORDER[name]],
+            [f"{RESULTS}/metrics/{before}.json" for before in pipeline.notebooks_of(PROFILE)[name]],
             [f"{RESULTS}/artefacts/trials/{path}" for path in pipeline.trials_of(PROFILE, name)],
         output:
             f"{RESULTS}/metrics/{name}.json",
@@ -82,9 +84,10 @@ for name in DIGESTS:
         params:
             digest=DIGESTS[name],
             notebook=name,
-        threads: workflow.cores or 1
+        threads: THREADS
         priority: -list(DIGESTS).index(name)
         resources:
             gpu=GPU,
         shell:
-            "{PYTHON} -m semalign.pipeline notebook {params.notebook} {PROFILE} --results {RESULTS}"
+            "OMP_NUM_THREADS={threads} {PYTHON} -m semalign.pipeline notebook {params.notebook} {PROFILE} "
+            "--results {RESULTS}"

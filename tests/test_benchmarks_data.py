@@ -13,6 +13,7 @@ import pytest
 from semalign.benchmarks.data import (
     DataError,
     contamination,
+    examples,
     load_items,
     overlap,
     question,
@@ -187,6 +188,18 @@ def test_examples_are_written_as_laten_writes_them(folder: Path) -> None:
         example.response.startswith("Here is the completed function:\n\n\n```python\ndef f")
         and "return" not in example.prompt
     )
+
+
+def test_reference_answers_of_a_test_split_are_the_benchmarks_own(folder: Path) -> None:
+    asked = load_items("mmlu", folder)
+    assert [e.response for e in examples("mmlu", folder)] == [f"The answer is: {'ABCD'[i['answer']]}" for i in asked]
+    whole = examples("humaneval", folder)
+    assert len(whole) == 164 and all("def " in e.response for e in whole)
+    compile(whole[0].response.split("```python\n")[1], "its own solution", "exec")
+    own = {"task_id": "Own/0", "prompt": "def f():\n", "entry_point": "f", "test": "def check(c): pass"}
+    write_jsonl(folder / "humaneval" / "test.jsonl", [own])
+    with pytest.raises(DataError, match="Own/0 has no canonical_solution"):
+        examples("humaneval", folder)
 
 
 def test_latens_files_are_read_as_they_are(folder: Path) -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from semalign import pipeline
+from semalign import pipeline, trials
 from semalign.profiles import load_profile
-from semalign.report import load_metrics
+from semalign.report import load_metrics, save_metrics
 
 ROOT = pipeline.ROOT
 LEFT_OUT = shutil.ignore_patterns(
@@ -165,6 +165,8 @@ def test_a_profile_runs_the_chapters_of_its_tasks_and_a_job_for_each_trial(
     jobs = ["gsm8k/none-0.json", "gsm8k/sft-0.json", "gsm8k/sft-3.json", "gsm8k/teacher-0.json"]
     assert sorted(pipeline.trials_of("mine", "06_gsm8k")) == jobs
     assert pipeline.trials_of("mine", "04_alignment") == []
+    assert not {"05_mmlu", "07_humaneval"} & set(pipeline.notebooks_of("mine")["15_paper_against_ours"])
+    assert "06_gsm8k" in pipeline.notebooks_of("mine")["15_paper_against_ours"]
     alone = dataclasses.replace(small, trial_jobs=False)
     monkeypatch.setattr(pipeline, "load_profile", lambda _: alone)
     assert pipeline.trials_of("mine", "06_gsm8k") == []
@@ -177,3 +179,44 @@ def test_somebody_elses_programs_are_refused_before_anything_runs(
     assert pipeline.main(["run", "llama2"]) == 1
     said = capsys.readouterr().err
     assert "profile llama2 has humaneval and mbpp" in said and "allow_code_execution: true" in said
+
+
+def test_a_finished_run_is_kept_whole_or_not_at_all(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pipeline, "ROOT", tmp_path)
+    names = [name for name in pipeline.ORDER if name not in pipeline.KEPT_ELSEWHERE]
+    for name in names[1:]:
+        save_metrics(tmp_path / f"results/smoke/metrics/{name}.json", {"of": name}, seeds=[4], profile="smoke")
+    assert pipeline.main(["keep", "smoke"]) == 1
+    assert f"smoke has no numbers of {names[0]}: call make notebooks" in capsys.readouterr().err
+    assert not (tmp_path / "book/full_run").exists()
+    save_metrics(tmp_path / f"results/smoke/metrics/{names[0]}.json", {"of": names[0]}, seeds=[4], profile="smoke")
+    assert pipeline.main(["keep", "smoke"]) == 0
+    kept = {p.stem: load_metrics(p) for p in (tmp_path / "book/full_run").glob("*.json")}
+    version, made = kept.pop("version")
+    assert version == {"code": trials.code_key()} and (made["profile"], made["seeds"]) == ("smoke", [4])
+    assert {name: numbers["of"] for name, (numbers, _) in kept.items()} == {name: name for name in names}
+
+
+def test_rates_are_chosen_from_the_grid_and_stored_with_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(pipeline, "ROOT", tmp_path)
+    scores = {"sft": {"0.1": {"gsm8k": None}, "0.01": {"gsm8k": 0.7}, "0.001": {"gsm8k": 0.6}}}
+    asked = []
+    monkeypatch.setattr(trials, "grid", lambda settings, rates, folder: asked.append((rates, folder)) or scores)
+    assert pipeline.main(["rates", "smoke"]) == 0
+    assert asked == [(pipeline.RATES, tmp_path / "results/smoke/artefacts/rates")]
+    stored, made = load_metrics(tmp_path / "book/rates/smoke.json")
+    assert stored["scores"] == scores and stored["chosen"] == {"sft": 0.01}
+    assert made["profile"] == "smoke" and stored["epochs"] == load_profile("smoke").epochs
+
+
+@pytest.mark.parametrize("name", ["classroom", "classroom-full"])
+def test_the_profiles_rates_are_those_that_were_chosen(name: str) -> None:
+    stored, _ = load_metrics(ROOT / f"book/rates/{name}.json")
+    profile = load_profile(name)
+    own = {m: r for m, r in stored["chosen"].items() if r != profile.lr}
+    assert profile.lrs == own
+    assert {n: stored["examples"][n] for n in ("train", "validation")} == {
+        n: profile.sizes[n] for n in ("train", "validation")
+    }

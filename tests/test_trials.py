@@ -116,3 +116,29 @@ def test_a_layer_of_the_profile_is_the_teachers() -> None:
     pair = load_pair({n: settings()[n] for n in ("teacher", "student", "device", "dtype")})
     for layer, k in ((1, 1), (2, 2), (4, 3)):  # 4 teacher and 3 student layers
         assert trials._config(settings(layer=layer), pair, "semalign", 0).layers == (k,)
+
+
+def test_only_what_draws_nothing_runs_under_one_seed() -> None:
+    assert list(trials.seeds_of("sft", [3, 5])) == [3, 5]
+    assert list(trials.seeds_of("none", [3, 5])) == list(trials.seeds_of(trials.TEACHER, [3, 5])) == [3]
+
+
+def test_the_test_split_is_watched_on_request_alone(tmp_path: Path) -> None:
+    chosen = settings(sizes={**settings()["sizes"], "test": 2})
+    usual, final = (trials.splits(chosen, "gsm8k", watched) for watched in ("validation", "test"))
+    assert (len(usual.validation), len(final.validation)) == (3, 2)
+    assert usual.train == final.train
+    asked = [q["question"] for q in trials.questions(chosen, "gsm8k", limit=None)]
+    whole = trials.splits({**chosen, "sizes": {**chosen["sizes"], "test": None}}, "gsm8k", "test").validation
+    assert all(any(question in example.prompt for example in whole) for question in asked)
+    assert not any(example in whole for example in usual.validation)
+    paths = [trials.run_trial(chosen, "gsm8k", "none", 0, tmp_path, watched=w) for w in ("validation", "test")]
+    assert [len(found["validation"]["loss"]) for found in paths] == [3, 2]
+
+
+def test_every_metric_is_read_so_that_more_is_better() -> None:
+    seen = {"loss": [1.0, 2.0], "right": [0.5, 0.7], "kl": [0.1, 0.2], "agree": [0.0, 1.0]}
+    trial = {"answers": {"gsm8k": [{"correct": 1.0}, {"correct": 0.0}]}, "validation": seen}
+    assert trials.measured([trial], "gsm8k", "answers").tolist() == [[1.0, 0.0]]
+    assert trials.measured([trial], "gsm8k", "tokens").tolist() == [[0.5, 0.7]]
+    assert trials.measured([trial, trial], "gsm8k", "loss").tolist() == [[-1.0, -2.0]] * 2
