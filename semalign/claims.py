@@ -73,7 +73,7 @@ def load_claims(path: str | Path) -> list[Claim]:
 
 def ours(claim: Claim, metrics: Mapping[str, Mapping[str, Any]]) -> Number | None:
     """Our number for a claim from the metrics by chapter; None where the run does not have it."""
-    found: Any = metrics.get(claim.chapter)
+    found: Any = metrics.get(claim.chapter) if claim.ours else None
     for step in claim.ours:
         found = found.get(step) if isinstance(found, Mapping) else None
     if isinstance(found, int | float):

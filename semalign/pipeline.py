@@ -92,6 +92,18 @@ def _code() -> list[tuple[str, str]]:
     return _files([*tree, ROOT / "requirements.lock"])
 
 
+def _data_of(notebook: nbformat.NotebookNode) -> list[tuple[str, str]]:
+    """The data files of the book that a notebook names, by themselves or by their folder."""
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    found = []
+    for path in (ROOT / "book").rglob("*"):
+        names = [path.relative_to(ROOT).as_posix(), path.parent.relative_to(ROOT).as_posix()]
+        wanted = f"../{names[0]}" in text or (names[1] != "book" and f"../{names[1]}" in text)
+        if path.suffix in (".json", ".yaml") and wanted:
+            found.append(path)
+    return _files(found)
+
+
 def notebooks_of(profile: str) -> dict[str, tuple[str, ...]]:
     """Those of ``ORDER`` that a profile runs: all but the chapters of tasks that it leaves out."""
     tasks = load_profile(profile).tasks
@@ -118,7 +130,7 @@ def trial_digest(profile: str) -> str:
 
 
 def digests(profile: str) -> dict[str, str]:
-    """One hash a notebook over all that determines its result: source, parameters, code, and what it reads.
+    """One hash a notebook over all that determines its result: source, parameters, code, data, and what it reads.
 
     Raises:
         ProfileError: the profile is unknown or malformed.
@@ -127,7 +139,7 @@ def digests(profile: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, before in notebooks_of(profile).items():
         notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
-        found[name] = _digest(shared, sources(notebook), [found[b] for b in before])
+        found[name] = _digest(shared, sources(notebook), _data_of(notebook), [found[b] for b in before])
     return found
 
 

@@ -20,7 +20,8 @@ METHOD_COLOURS = {
     "none": "#000000", "random_target": "#777788", "scrambled_tokens": "#eebbbb",
     "sft": "#0072b2", "sft_layer": "#00ddff", "pissa": "#001199",
     "logit_kd": "#770044", "seq_kd": "#cc8866", "fitnets": "#bbdd66", "relational": "#885544", "ted": "#441166",
-    "seeking": "#8800ff", "laten": "#bb55ff", "logit_map": "#aa0000", "semalign": "#d55e00",
+    "seeking": "#8800ff", "laten": "#bb55ff", "laten_released": "#88ee00",
+    "logit_map": "#aa0000", "semalign": "#d55e00",
 }  # fmt: skip
 """A fixed colour for every method and control, in every figure of the book."""
 

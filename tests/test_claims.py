@@ -60,6 +60,7 @@ def test_our_number_is_read_from_a_chapters_metrics() -> None:
     assert ours(Claim("x", "y", chapter="b", ours=("d",), above=0.0), metrics) == Number(-1, -2, 0)
     assert ours(Claim("x", "y", chapter="b", ours=("nowhere", "at all"), above=0.0), metrics) is None
     assert ours(nested, {}) is None
+    assert ours(Claim("x", "y", chapter="a", reason="no GPU"), metrics) is None
 
 
 def test_a_claim_without_a_rule_or_with_an_unknown_key_is_refused_by_name(tmp_path: Path) -> None:

@@ -121,6 +121,14 @@ def test_digest_ignores_outputs_and_follows_sources(copy: Path) -> None:
     nbformat.write(notebook, path)
     changed = {n for n, d in digests().items() if d != clean[n]}
     assert changed == {"02_importance", *_after("02_importance")}
+    clean = digests()
+    with open(copy / "book/claims.yaml", "a") as file:
+        file.write("# another thought\n")
+    assert {n for n, d in digests().items() if d != clean[n]} == {"15_paper_against_ours"}
+    clean = digests()
+    (copy / "book/full_run/more.json").write_text("{}")
+    assert {n for n, d in digests().items() if d != clean[n]} == {"15_paper_against_ours", "93_full_run"}
+    (copy / "book/full_run/more.json").unlink()
 
 
 def _after(name: str) -> set[str]:

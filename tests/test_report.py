@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from semalign import report
+from semalign.baselines import REGISTRY
 from semalign.report import BASIS_COLOURS, METHOD_COLOURS, load_metrics, provenance_table, save_metrics, use_style
 
 
@@ -154,7 +155,7 @@ def test_any_two_colours_can_be_told_apart_and_all_show_on_white(colours: dict[s
 
 def test_every_method_and_basis_has_a_colour() -> None:
     assert BASIS_COLOURS.keys() == {"dual", "primal", "tight", "random"}
-    assert {"none", "sft", "semalign", "logit_kd", "random_target", "scrambled_tokens"} <= METHOD_COLOURS.keys()
+    assert METHOD_COLOURS.keys() == REGISTRY.keys()
 
 
 def test_style_draws_the_same_svg_twice(tmp_path: Path) -> None:
