@@ -345,11 +345,10 @@ def keep(profile: str) -> Path:
     names = [name for name in notebooks_of(profile) if name not in KEPT_ELSEWHERE]
     if missing := [name for name in names if not (source / f"{name}.json").exists()]:
         raise RuntimeError(f"{profile} has no numbers of {', '.join(missing)}: call make notebooks PROFILE={profile}")
-    target.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        shutil.copyfile(source / f"{name}.json", target / f"{name}.json")
     _, made = load_metrics(source / f"{names[-1]}.json")
     save_metrics(target / "version.json", {"code": code_key()}, seeds=made["seeds"], profile=profile)
+    for name in names:
+        shutil.copyfile(source / f"{name}.json", target / f"{name}.json")
     return target
 
 
