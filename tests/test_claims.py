@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -94,3 +95,26 @@ def test_every_number_that_a_claim_names_is_in_the_full_run() -> None:
     missing = [c.claim for c in claims if ours(c, kept) is None]
     assert not missing
     assert set(judge(claims, [ours(c, kept) for c in claims])) <= set(VERDICTS)
+
+
+def test_the_front_page_says_what_the_full_run_says() -> None:
+    """Every sentence of "What we found, in short" that a number could refute: a new run may ask for new sentences."""
+    kept = {p.stem: json.loads(p.read_text())["metrics"] for p in (BOOK / "full_run").glob("*.json")}
+    chapters = [kept[name] for name in ("05_mmlu", "06_gsm8k", "07_humaneval", "08_mbpp")]
+    cosines = kept["01_semantics"]["cosine_over_layers"]
+    assert cosines["random"]["min"] > cosines["output side"]["max"]
+
+    curve = kept["11_ablations"]["curve"]["semalign"]
+    assert kept["04_alignment"]["gain_in_cosine"]["low"] > 0 and curve[-1] < curve[-2] < min(curve[:3])
+    assert kept["11_ablations"]["table"]["paper: as in the paper"]["high"] < 0
+    assert all(abs(c["finer"]["none"]["semalign"]["mean"]) < 0.01 for c in chapters)
+
+    assert all(c["finer"]["none"]["sft"]["low"] > 0 for c in chapters)
+    assert all(c["closeness"]["logit_kd"]["kl"] < c["closeness"]["none"]["kl"] for c in chapters)
+    for method in ("sft", "logit_kd"):
+        assert all(c["gains"]["none"][method]["low"] < 0 < c["gains"]["none"][method]["high"] for c in chapters)
+
+    search = kept["14_search"]
+    assert search["wins"] == [] and search["leads_over_tasks"]["states, no layer term"]["low"] < 0
+    planted = kept["12_controls"]["planted"]
+    assert planted["residual, logit map"] < planted["before"] / 5 and planted["the paper's"] > planted["before"]
