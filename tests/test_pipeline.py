@@ -74,7 +74,7 @@ def test_smoke_profile_from_a_failing_notebook_to_the_book(copy: Path) -> None:
     }
 
     edit(broken, at, source)
-    whole = command(copy, "run", "smoke", "--cores", "1")
+    whole = command(copy, "run", "smoke", "--cores", "2")
     assert whole.returncode == 0, whole.stdout
     second = times(copy)
     assert set(second) == set(pipeline.ORDER)
