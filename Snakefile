@@ -14,6 +14,7 @@ from semalign import pipeline
 PROFILE = config.get("profile", "classroom")
 RESULTS = Path(config.get("results", f"results/{PROFILE}")).as_posix()
 DIGESTS = pipeline.digests(PROFILE)
+BEFORE = pipeline.notebooks_of(PROFILE)
 GPU = int(pipeline.load_profile(PROFILE).device != "cpu")  # jobs that share a GPU run one after another
 # The small models of a CPU profile gain nothing from a second thread: notebooks run side by side instead.
 THREADS = (workflow.cores or 1) if GPU else 1
@@ -75,7 +76,7 @@ for name in DIGESTS:
         name:
             f"notebook_{name}"
         input:
-            [f"{RESULTS}/metrics/{before}.json" for before in pipeline.notebooks_of(PROFILE)[name]],
+            [f"{RESULTS}/metrics/{before}.json" for before in BEFORE[name]],
             [f"{RESULTS}/artefacts/trials/{path}" for path in pipeline.trials_of(PROFILE, name)],
         output:
             f"{RESULTS}/metrics/{name}.json",

@@ -116,12 +116,11 @@ def trials_of(profile: str, name: str) -> list[str]:
 
     None where the profile has no ``trial_jobs``: there the notebook runs them itself, one after another.
     """
-    from semalign.trials import TEACHER, seeds_of
-
     chosen = load_profile(profile)
     task = BENCHMARKS.get(name) if chosen.trial_jobs else None
-    methods = dict.fromkeys((TEACHER, "none", *chosen.methods)) if task else ()
-    return [f"{task}/{method}-{seed}.json" for method in methods for seed in seeds_of(method, chosen.seeds)]
+    alone = dict.fromkeys(("teacher", "none"), chosen.seeds[:1])  # as trials.seeds_of, whose import takes seconds
+    seeds = {**dict.fromkeys(chosen.methods, chosen.seeds), **alone}
+    return [f"{task}/{method}-{seed}.json" for method, own in seeds.items() for seed in own] if task else []
 
 
 def trial_digest(profile: str) -> str:

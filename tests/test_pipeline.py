@@ -180,6 +180,24 @@ def test_a_profile_runs_the_chapters_of_its_tasks_and_a_job_for_each_trial(
     assert pipeline.trials_of("mine", "06_gsm8k") == []
 
 
+def test_the_jobs_run_under_the_seeds_that_the_chapters_ask_for() -> None:
+    profile = load_profile("classroom-full")
+    asked = {m: list(trials.seeds_of(m, profile.seeds)) for m in (trials.TEACHER, "none", *profile.methods)}
+    expected = {f"mmlu/{method}-{seed}.json" for method, seeds in asked.items() for seed in seeds}
+    jobs = pipeline.trials_of("classroom-full", "05_mmlu")
+    assert set(jobs) == expected and len(jobs) == len(expected)
+
+
+def test_planning_a_run_loads_no_model_library() -> None:
+    """Snakemake plans at every call, and a cluster's executor for every job."""
+    code = (
+        "import sys; from semalign import pipeline; p = 'classroom'; pipeline.digests(p); pipeline.book_digest(p); "
+        "[pipeline.trials_of(p, n) for n in pipeline.notebooks_of(p)]; print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
 def test_somebody_elses_programs_are_refused_before_anything_runs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
