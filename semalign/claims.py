@@ -30,9 +30,7 @@ class Claim:
     range: tuple[str, str] = ("low", "high")  # what the ends of its interval are called there
     above: float | None = None  # reproduced if the whole interval lies above ...
     below: float | None = None  # ... or below this
-    paper: str | tuple[tuple[str, ...], ...] = (
-        "–"  # its words, or a path (or two, of a difference) in paper_results.yaml
-    )
+    paper: str | tuple[tuple[str, ...], ...] = "–"  # its words, or a path in paper_results.yaml, or two: a difference
     family: str = ""  # claims that are tested together
     figure: str = ""  # the anchor of the figure that shows it
     reason: str = ""  # why it cannot be tested here

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -92,8 +92,7 @@ def load_profile(name_or_path: str | Path, folder: Path = FOLDER) -> Profile:
     content.setdefault("semantics_model", dict(content["student"]))
     content["sizes"] = {**SIZES, **content.get("sizes", {})}
     chosen = Profile(name=path.stem, **content)
-    chosen.search.update({"draws": 8, "tasks": chosen.tasks[:1], **chosen.search})
-    return chosen
+    return replace(chosen, search={"draws": 8, "tasks": chosen.tasks[:1], **chosen.search})
 
 
 def parameters(profile: Profile) -> dict[str, Any]:
