@@ -4,18 +4,25 @@
 #
 # A notebook's metrics file is the output that Snakemake tracks. The executed notebook is declared as the log,
 # because Snakemake deletes the outputs of a failed job and keeps its log: the copy with the traceback.
+# What decides whether something runs again is the digest beside each finished file, which is compared here: not
+# modification times, nor Snakemake's own memory, so that a finished folder can be handed to somebody else.
 import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, workflow.basedir)
-from semalign import pipeline
+from semalign.pipeline import book as the_book
+from semalign.pipeline import notebooks as chapters
+from semalign.pipeline.__main__ import lock
+from semalign.profiles import load_profile
 
-PROFILE = config.get("profile", "classroom")
-RESULTS = Path(config.get("results", f"results/{PROFILE}")).as_posix()
-DIGESTS = pipeline.digests(PROFILE)
-BEFORE = pipeline.notebooks_of(PROFILE)
-GPU = int(pipeline.load_profile(PROFILE).device != "cpu")  # jobs that share a GPU run one after another
+PROFILE = str(config.get("profile", "classroom"))
+CHOSEN = load_profile(PROFILE)
+chapters.preflight(CHOSEN)
+RESULTS = Path(str(config.get("results", f"results/{CHOSEN.name}"))).as_posix()
+RUN = chapters.chapters_of(CHOSEN)
+STALE = chapters.stale(CHOSEN, Path(RESULTS))
+GPU = int(CHOSEN.device != "cpu")  # jobs that share a GPU run one after another
 # The small models of a CPU profile gain nothing from a second thread: notebooks run side by side instead.
 THREADS = (workflow.cores or 1) if GPU else 1
 PYTHON = config.get("python", sys.executable)
@@ -23,72 +30,85 @@ PYTHON = config.get("python", sys.executable)
 os.environ["SEMALIGN_PIPELINE_PID"] = str(os.getpid())
 
 
+def marker(name):
+    """What makes a stale file's job run again: an input that is made anew."""
+    return [f"{RESULTS}/.stale/{name}"] if name in STALE else []
+
+
 onstart:
-    pipeline.lock(RESULTS)
+    lock(RESULTS)
 
 
-localrules: notebooks, book
+localrules: notebooks, book, stale
 
 
 wildcard_constraints:
     task="[a-z0-9]+",
-    method="[a-z_]+",
+    method="[a-z_0-9]+",
     seed="[0-9]+",
 
 
 rule book:
     input:
-        expand(f"{RESULTS}/metrics/{{notebook}}.json", notebook=DIGESTS),
-        pipeline.book_sources(),
+        expand("{folder}/metrics/{notebook}.json", folder=RESULTS, notebook=RUN),
+        the_book.book_sources(),
     output:
-        f"{RESULTS}/book/_build/html/index.html",
+        f"{RESULTS}/book/{the_book.book_digest(CHOSEN)}.built",
     params:
-        digest=pipeline.book_digest(PROFILE),
+        profile=PROFILE, results=RESULTS, python=PYTHON,
     shell:
-        "{PYTHON} -m semalign.pipeline book {PROFILE} --results {RESULTS}"
+        "{params.python:q} -m semalign.pipeline book {params.profile:q} --results {params.results:q} && touch {output:q}"
 
 
 rule notebooks:
     input:
-        expand(f"{RESULTS}/metrics/{{notebook}}.json", notebook=DIGESTS),
+        expand("{folder}/metrics/{notebook}.json", folder=RESULTS, notebook=RUN),
+
+
+rule stale:
+    output:
+        temp(f"{RESULTS}/.stale/{{name}}"),
+    shell:
+        "touch {output:q}"
 
 
 # A method on a task under a seed: the unit that a cluster runs side by side.
 rule trial:
+    input:
+        lambda w: marker(f"{w.task}/{w.method}-{w.seed}.json"),
     output:
         f"{RESULTS}/artefacts/trials/{{task}}/{{method}}-{{seed}}.json",
     params:
-        digest=pipeline.trial_digest(PROFILE),
+        profile=PROFILE, results=RESULTS, python=PYTHON,
     threads: 1
     priority: -100
     resources:
         gpu=GPU,
     shell:
-        "OMP_NUM_THREADS={threads} {PYTHON} -m semalign.pipeline trial {PROFILE} {wildcards.task} {wildcards.method} "
-        "{wildcards.seed} --results {RESULTS}"
+        "OMP_NUM_THREADS={threads} {params.python:q} -m semalign.pipeline trial {params.profile:q} {wildcards.task} "
+        "{wildcards.method} {wildcards.seed} --results {params.results:q}"
 
 
-# A rule a notebook. What decides whether it runs again is `digest`, which covers the notebook's source, the
-# profile, semalign's code, the lock file and the digests of the notebooks before it: not modification times.
-for name in DIGESTS:
+# A rule a notebook.
+for name in RUN:
 
     rule:
         name:
             f"notebook_{name}"
         input:
-            [f"{RESULTS}/metrics/{before}.json" for before in BEFORE[name]],
-            [f"{RESULTS}/artefacts/trials/{path}" for path in pipeline.trials_of(PROFILE, name)],
+            [f"{RESULTS}/metrics/{before}.json" for before in RUN[name].reads],
+            [f"{RESULTS}/artefacts/trials/{path}" for path in chapters.trials_of(CHOSEN, name)],
+            marker(name),
         output:
             f"{RESULTS}/metrics/{name}.json",
         log:
             f"{RESULTS}/notebooks/{name}.ipynb",
         params:
-            digest=DIGESTS[name],
-            notebook=name,
+            notebook=name, profile=PROFILE, results=RESULTS, python=PYTHON,
         threads: THREADS
-        priority: -list(DIGESTS).index(name)
+        priority: -list(RUN).index(name)
         resources:
             gpu=GPU,
         shell:
-            "OMP_NUM_THREADS={threads} {PYTHON} -m semalign.pipeline notebook {params.notebook} {PROFILE} "
-            "--results {RESULTS}"
+            "OMP_NUM_THREADS={threads} {params.python:q} -m semalign.pipeline notebook {params.notebook} "
+            "{params.profile:q} --results {params.results:q}"

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from semalign.models import Model, decoder_layers
-from semalign.supervision import IGNORED, POINTS, capture, skip_layers
+from semalign.lm.examples import IGNORED
+from semalign.lm.hooks import POINTS, capture, skip_layers
+from semalign.lm.parts import Model, decoder_layers
 
 REDUCES = ("signed", "abs", "l2")
 Batch = dict[str, Tensor]

@@ -1,19 +1,20 @@
-"""Profiles: a yaml file says who teaches whom, on what, and how much; its values are the notebooks' parameters."""
+"""Profiles: a yaml file says who teaches whom, on what, and how much; a typed value hands it down."""
 
 from __future__ import annotations
 
+import ast
 import difflib
-import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
-from importlib import resources
+import functools
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-import jsonschema
+import pydantic
 import yaml
+from pydantic import BaseModel, ConfigDict, Field
 
-FOLDER = Path(__file__).resolve().parent.parent / "notebooks" / "profiles"
+PACKAGE = Path(__file__).resolve().parent
+FOLDER = PACKAGE.parent / "notebooks" / "profiles"
 """Where the book's own profiles are."""
 
 
@@ -21,85 +22,293 @@ class ProfileError(ValueError):
     """A profile is unknown, unreadable, or says something that no profile can say; the message names it and the fix."""
 
 
-@dataclass(frozen=True)
-class Profile:
-    """One run of the book. Keys are those of ``profile.schema.json``; the defaults are those of a small run on a CPU.
+@functools.cache
+def declared(wing: str) -> dict[str, dict[str, Any]]:
+    """The rows of ``methods`` or ``benchmarks`` by name, with those of their values that are literals.
 
-    ``teacher``, ``student``, ``smaller_student`` and ``semantics_model`` are model sources, see
-    :func:`semalign.models.load_model`.
+    They are read from the source and not imported: a plan of a run has to know the names, and must not load a model
+    library to learn them.
     """
-
-    name: str
-    description: str
-    teacher: dict[str, Any]
-    student: dict[str, Any]
-    semantics_model: dict[str, Any]
-    smaller_student: dict[str, Any] | None = None
-    semantics_texts: int = 20
-    data: str = "benchmarks"
-    tasks: list[str] = field(default_factory=lambda: ["mmlu", "gsm8k", "humaneval", "mbpp"])
-    seeds: list[int] = field(default_factory=lambda: [0])
-    sizes: dict[str, int | None] = field(default_factory=dict)
-    max_length: int = 256
-    batch_size: int = 16
-    eval_batch_size: int = 8
-    device: str = "auto"
-    dtype: str = "float32"
-    layer: int | None = None
-    interface: str = "mlp"
-    map: str = "paper"
-    lr: float = 3e-4
-    lrs: dict[str, float] = field(default_factory=dict)
-    epochs: int = 5
-    fine_tuned_teachers: dict[str, dict[str, Any]] = field(default_factory=dict)
-    methods: list[str] = field(default_factory=lambda: ["none", "sft", "semalign"])
-    primary: str = "answers"
-    search: dict[str, Any] = field(default_factory=dict)
-    mmlu_protocol: str = "paper"
-    others: int = 0
-    max_new_tokens: int | None = None
-    trial_jobs: bool = True
-    allow_code_execution: bool = False
+    rows: dict[str, dict[str, Any]] = {}
+    for path in sorted((PACKAGE / wing).glob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            target, value = _assignment(node)
+            if target == "METHODS" and isinstance(value, ast.Dict):
+                pairs = zip(value.keys, value.values, strict=True)
+                rows |= {
+                    k.value: _literals(v) for k, v in pairs if isinstance(k, ast.Constant) and isinstance(k.value, str)
+                }
+            elif target == "BENCHMARK":
+                rows[path.stem] = _literals(value)
+    return rows
 
 
-SIZES: dict[str, int | None] = {"train": 1000, "align": 80, "extract": 20, "validation": 100, "test": None}
-"""Examples of each split where a profile is silent: those of the paper's setup, and every test item."""
+def _assignment(node: ast.stmt) -> tuple[str, ast.expr | None]:
+    if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+        return node.target.id, node.value
+    if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+        return node.targets[0].id, node.value
+    return "", None
 
 
-def load_profile(name_or_path: str | Path, folder: Path = FOLDER) -> Profile:
+def _literals(call: ast.expr | None) -> dict[str, Any]:
+    literals = {}
+    for keyword in call.keywords if isinstance(call, ast.Call) else ():
+        try:
+            literals[str(keyword.arg)] = ast.literal_eval(keyword.value)
+        except ValueError:  # a function, or anything else that has to be run
+            continue
+    return literals
+
+
+def pico_names() -> list[str]:
+    """The Pico models that ship."""
+    return sorted(path.parent.name for path in (PACKAGE / "classroom" / "weights").glob("*/config.json"))
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Hub(_Strict):
+    """A model of the hub at one revision."""
+
+    source: Literal["hub"]
+    id: str = Field(min_length=1)
+    revision: str = Field(min_length=1)
+
+
+class Folder(_Strict):
+    """A folder that ``save_pretrained`` wrote; its path counts from the profile's own folder."""
+
+    source: Literal["folder"]
+    path: str = Field(min_length=1)
+
+
+class Packaged(_Strict):
+    """A model that a package carries."""
+
+    source: Literal["packaged"]
+    id: Literal["smollm2-135m-instruct"]
+
+
+class Pico(_Strict):
+    """A model that this project trained."""
+
+    source: Literal["pico"]
+    id: str
+
+    @pydantic.field_validator("id")
+    @classmethod
+    def _ships(cls, name: str) -> str:
+        return _one_of(name, pico_names())
+
+
+class Shape(_Strict):
+    """The shape of a model with random weights."""
+
+    model_type: str
+    hidden_size: int = Field(ge=1)
+    intermediate_size: int = Field(ge=1)
+    num_hidden_layers: int = Field(ge=1)
+    num_attention_heads: int = Field(ge=1)
+    num_key_value_heads: int | None = Field(None, ge=1)
+
+
+class Random(_Strict):
+    """Random weights of a given shape, over a token a byte."""
+
+    source: Literal["random"]
+    config: Shape
+    seed: int = Field(ge=0)
+
+
+Source = Annotated[Hub | Folder | Packaged | Pico | Random, Field(discriminator="source")]
+"""Where a model comes from."""
+
+
+KINDS: dict[str, Any] = {"hub": Hub, "folder": Folder, "packaged": Packaged, "pico": Pico, "random": Random}
+
+
+def source_of(value: Mapping[str, Any] | Source) -> Source:
+    """A model's source as a typed value.
+
+    Raises:
+        ProfileError: an unknown kind of source, or a key that it lacks or does not have.
+    """
+    if isinstance(value, BaseModel):
+        return value
+    try:
+        return pydantic.TypeAdapter(Source).validate_python(dict(value))
+    except pydantic.ValidationError as error:
+        raise ProfileError(f"the model source {dict(value)}: {_sentence(error, Source)}") from None
+
+
+class Sizes(_Strict):
+    """Examples of each split of a task: those of the paper's setup; ``test``: None is every question."""
+
+    train: int = Field(1000, ge=1)
+    align: int = Field(80, ge=1)
+    extract: int = Field(20, ge=1)
+    validation: int = Field(100, ge=1)
+    test: int | None = Field(None, ge=1)
+
+
+class Search(_Strict):
+    """How many configurations of each family are tried, and on which tasks (by default the profile's first)."""
+
+    draws: int = Field(8, ge=1, le=48)
+    tasks: list[str] = []
+
+
+class TrialSettings(_Strict):
+    """What the result of one trial depends on, and so what its key covers: models, data, and how training goes."""
+
+    teacher: Source
+    student: Source
+    data: Literal["benchmarks", "classroom"] = "benchmarks"
+    sizes: Sizes = Sizes()
+    max_length: int = Field(256, ge=8)  # tokens of a prompt with its response
+    batch_size: int = Field(16, ge=1)  # examples of one optimizer step
+    eval_batch_size: int = Field(8, ge=1)  # examples in memory at once
+    device: str = Field("auto", pattern="^(auto|cpu|cuda(:[0-9]+)?)$")
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    layer: int | None = Field(None, ge=1)  # critical teacher layer; None takes the attributed one
+    interface: Literal["stream", "residual", "mlp", "attention"] = "mlp"
+    map: Literal["paper", "logit", "logit_centred", "tight", "procrustes"] = "paper"
+    lr: float = Field(3e-4, gt=0)
+    epochs: int = Field(5, ge=1)
+    protocols: dict[str, str] = {}  # of the tasks that are not asked as in the paper
+    max_new_tokens: int | None = Field(None, ge=1)  # at most so many an answer; None is the protocol's own number
+    allow_code_execution: bool = False  # run the models' programs
+
+
+class Profile(TrialSettings):
+    """One run of the book; the defaults are those of a small run on a CPU."""
+
+    name: str = ""
+    description: str = Field(min_length=1)
+    semantics_model: Source  # of figure 2; the student where a profile is silent
+    smaller_student: Source | None = None  # another student of the same teacher, for the larger gap
+    semantics_texts: int = Field(20, ge=1, le=164)  # HumanEval prompts read for figure 2
+    tasks: list[str] = Field(["mmlu", "gsm8k", "humaneval", "mbpp"], min_length=1)  # the first is worked through
+    seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1)
+    fine_tuned_teachers: dict[str, Source] = {}  # of table 2, by name; each has the teacher's vocabulary
+    methods: list[str] = Field(["none", "sft", "semalign"], min_length=1)  # rows of table 1
+    hyperparameters: dict[str, dict[str, Any]] = {}  # a method's own, where they differ from its defaults
+    primary: Literal["answers", "tokens", "loss"] = "answers"  # what verdicts rest on
+    search: Search = Search()
+    others: int = Field(0, ge=0)  # questions of each other task, for what was forgotten
+    trial_jobs: bool = True  # method x task x seed as jobs side by side, or inside the chapters
+
+    @pydantic.field_validator("tasks", "seeds", "methods")
+    @classmethod
+    def _different(cls, values: list[Any]) -> list[Any]:
+        if len(set(values)) < len(values):
+            raise ValueError(f"{values} names one of them twice")
+        return values
+
+    @pydantic.model_validator(mode="after")
+    def _names_are_known(self) -> Profile:
+        tasks, methods = declared("benchmarks"), declared("methods")
+        for at, task in enumerate(self.tasks):
+            _one_of(task, tasks, f"tasks.{at}")
+        for at, method in enumerate(self.methods):
+            _one_of(method, methods, f"methods.{at}")
+        for method in self.hyperparameters:
+            _one_of(method, methods, "hyperparameters")
+        for at, task in enumerate(self.search.tasks):
+            _one_of(task, self.tasks, f"search.tasks.{at}")
+        for task, protocol in self.protocols.items():
+            _one_of(task, tasks, "protocols")
+            _one_of(protocol, tasks[task]["protocols"], f"protocols.{task}")
+        return self
+
+    @property
+    def code_tasks(self) -> list[str]:
+        """Those of the tasks whose answers are programs."""
+        return [task for task in self.tasks if declared("benchmarks")[task].get("programs")]
+
+    @property
+    def isolation(self) -> str:
+        """The least sandbox level: limits suffice for programs by models of ours, others' need namespaces."""
+        answering = [self.teacher, self.student, self.smaller_student, *self.fine_tuned_teachers.values()]
+        ours = all(model is None or isinstance(model, Pico | Random) for model in answering)
+        return "rlimits" if ours else "namespace"
+
+    def protocol(self, task: str) -> str:
+        """How a task is asked."""
+        return self.protocols.get(task, "paper")
+
+    def changed(self, **changes: Any) -> Profile:
+        """The same profile with other values, checked as it was.
+
+        Raises:
+            ProfileError: a value that no profile can have.
+        """
+        return _checked(_merged(self.model_dump(exclude_unset=True), changes), self.name)
+
+
+def load_profile(name_or_path: str | Path, folder: Path = FOLDER, **changes: Any) -> Profile:
     """Read and check one profile: ``folder/NAME.yaml`` by its name, or any yaml file by its path.
 
-    A path within the profile (``source: folder``) counts from the folder that the profile lies in.
+    A path within the profile (``source: folder``) counts from the folder that the profile lies in. ``changes`` replace
+    values of the file; where both are mappings, key by key.
 
     Raises:
         ProfileError: no such profile (the message lists those there are), no yaml, an unknown key (the message
-            names the nearest valid one) or a value that the schema refuses.
+            names the nearest valid one) or a value that a profile cannot have.
     """
-    path = Path(name_or_path)
+    path = Path(name_or_path).expanduser()
     if path.suffix not in (".yaml", ".yml"):
         path = folder / f"{name_or_path}.yaml"
     if not path.is_file():
         raise ProfileError(_unknown(str(name_or_path), path))
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _NoRepeats)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ProfileError(f"profile {path.name} is not yaml: {' '.join(str(error).split())}") from None
-    _check(content, path.name)
-    named = [content[k] for k in ("teacher", "student", "smaller_student", "semantics_model") if content.get(k)]
-    for source in [*named, *content.get("fine_tuned_teachers", {}).values()]:
-        if source["source"] == "folder":
+    if not isinstance(content, dict):
+        raise ProfileError(f"profile {path.name}: the file holds {type(content).__name__} and no keys with values")
+    content = _merged(content, changes)
+    named = [content.get(k) for k in ("teacher", "student", "smaller_student", "semantics_model")]
+    teachers = content.get("fine_tuned_teachers")
+    for source in [*named, *(teachers.values() if isinstance(teachers, dict) else ())]:
+        if isinstance(source, dict) and source.get("source") == "folder" and isinstance(source.get("path"), str):
             source["path"] = str((path.parent / Path(source["path"]).expanduser()).resolve())
-    content.setdefault("semantics_model", dict(content["student"]))
-    content["sizes"] = {**SIZES, **content.get("sizes", {})}
-    chosen = Profile(name=path.stem, **content)
-    return replace(chosen, search={"draws": 8, "tasks": chosen.tasks[:1], **chosen.search})
+    return _checked(content, path.stem, path.name)
 
 
-def parameters(profile: Profile) -> dict[str, Any]:
-    """All that a profile says, but its name, as plain values for papermill: strings, numbers, lists and mappings."""
-    values = asdict(profile)
-    del values["name"]
-    return values
+def _checked(content: dict[str, Any], name: str, called: str = "") -> Profile:
+    content = {**content, "name": name}
+    if "student" in content:
+        content.setdefault("semantics_model", content["student"])
+    tasks = content.get("tasks")
+    if isinstance(tasks, list) and isinstance(content.get("search", {}), dict):
+        content["search"] = {"tasks": tasks[:1], **content.get("search", {})}
+    try:
+        return Profile.model_validate(content)
+    except pydantic.ValidationError as error:
+        raise ProfileError(f"profile {called or name}: {_sentence(error, Profile)}") from None
+
+
+class _NoRepeats(yaml.SafeLoader):
+    """yaml that refuses a key given twice, of which the plain loader silently keeps the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"the key {key!r} is given twice: keep one of them")
+        return super().construct_mapping(node, deep)
+
+
+def _merged(content: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(content)
+    for key, value in changes.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) and "source" not in value
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
 
 
 def _unknown(asked: str, path: Path) -> str:
@@ -110,31 +319,60 @@ def _unknown(asked: str, path: Path) -> str:
 
 
 def _nearest(word: str, words: Iterable[str]) -> str:
-    found = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
-    return f", did you mean {found[0]!r}?" if found else ""
+    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+    return f", did you mean {close[0]!r}?" if close else ""
 
 
-def _check(content: object, name: str) -> None:
-    """Raise the most telling error of ``content`` against the schema: unknown keys first, as they explain the rest."""
-    schema = json.loads(resources.files("semalign").joinpath("profile.schema.json").read_text(encoding="utf-8"))
-    errors = list(jsonschema.Draft202012Validator(schema).iter_errors(content))
-    for error in sorted(errors, key=lambda e: (e.validator != "additionalProperties", list(map(str, e.absolute_path)))):
-        raise ProfileError(f"profile {name}: {_sentence(error)}")
+def _one_of(word: str, words: Iterable[str], where: str = "") -> str:
+    words = list(words)
+    if word not in words:
+        said = f"{word!r} is not one of {', '.join(words)}{_nearest(word, words)}"
+        raise ValueError(f"{where}: {said}" if where else said)
+    return word
 
 
-def _sentence(error: jsonschema.ValidationError) -> str:
-    where = ".".join(str(part) for part in error.absolute_path)
-    instance: Any = error.instance
-    if error.validator == "additionalProperties":
-        schema: Any = error.schema
-        valid = list(schema["properties"])
-        key = next(str(k) for k in instance if k not in valid)
-        path = f"{where}.{key}" if where else key
-        return f"unknown key {path!r}{_nearest(key, valid)}; valid: {', '.join(valid)}"
-    hint = ""
-    if isinstance(instance, str) and _is_number(instance):
+def _rank(problem: Mapping[str, Any]) -> tuple[bool, bool, list[str]]:
+    """Unknown keys explain the rest; what is wrong with the student is wrong with its copy for figure 2 too."""
+    where = [str(part) for part in problem["loc"]]
+    return problem["type"] != "extra_forbidden", where[:1] == ["semantics_model"], where
+
+
+def _sentence(error: pydantic.ValidationError, root: Any) -> str:
+    """The most telling error in one sentence."""
+    first: Any = min(error.errors(), key=_rank)
+    where, model = _place(first["loc"], root)
+    if first["type"] == "extra_forbidden":
+        valid = [name for name in model.model_fields if name != "name"]
+        return f"unknown key {where!r}{_nearest(str(first['loc'][-1]), valid)}; valid: {', '.join(valid)}"
+    if first["type"] == "missing":
+        return f"{where} is missing"
+    if first["type"] == "value_error":
+        said = str(first["ctx"]["error"])
+        return f"{where}: {said}" if where else said
+    if first["type"] == "union_tag_not_found":
+        return f"{where}: source is missing; it is one of {', '.join(KINDS)}"
+    if first["type"] == "union_tag_invalid":
+        tag = first["ctx"]["tag"]
+        return f"{where}.source: {tag!r} is not one of {', '.join(KINDS)}{_nearest(tag, KINDS)}"
+    value, hint = first["input"], ""
+    if isinstance(value, str) and _is_number(value):
         hint = " (yaml reads 3e-4 as text; write 3.0e-4)"
-    return f"{where or 'the file'}: {error.message}{hint}"
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return f"{where or 'the file'}: {value!r} is refused: {message}{hint}"
+
+
+def _place(location: tuple[int | str, ...], root: Any) -> tuple[str, Any]:
+    """Where an error is, in the words of the file, and the model whose key it concerns."""
+    model, parts, tagged = root, list[str](), False
+    for part in location:
+        if part in KINDS and not tagged:  # the tag of a union stands in the location and not in the file
+            model, tagged = KINDS[str(part)], True
+            continue
+        parts.append(str(part))
+        fields = getattr(model, "model_fields", {})
+        inner = fields[part].annotation if part in fields else None
+        model = inner if isinstance(inner, type) and issubclass(inner, BaseModel) else model
+    return ".".join(parts), model
 
 
 def _is_number(text: str) -> bool:

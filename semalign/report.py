@@ -15,26 +15,28 @@ from typing import Any
 
 import torch
 
-# Found by a search that keeps any two apart to every kind of colour vision (tests/test_report.py measures it).
-METHOD_COLOURS = {
-    "none": "#000000", "random_target": "#777788", "scrambled_tokens": "#eebbbb",
-    "sft": "#0072b2", "sft_layer": "#00ddff", "pissa": "#001199",
-    "logit_kd": "#770044", "seq_kd": "#cc8866", "fitnets": "#bbdd66", "relational": "#885544", "ted": "#441166",
-    "seeking": "#8800ff", "laten": "#bb55ff", "laten_released": "#88ee00",
-    "logit_map": "#aa0000", "semalign": "#d55e00",
-}  # fmt: skip
-"""A fixed colour for every method and control, in every figure of the book."""
+from semalign.lm.files import write_text
+
+ROOT = Path(__file__).resolve().parent.parent
+BOOK = ROOT / "book"
+"""The book's prose and data files."""
 
 BASIS_COLOURS = {"dual": "#d55e00", "primal": "#0072b2", "tight": "#441166", "random": "#777788"}
 """A fixed colour for every kind of semantic basis."""
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all, making its folder: a reader sees the old text or the new one, never half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    fresh.write_text(text, encoding="utf-8")
-    os.replace(fresh, path)
+def results_folder(name: str, given: str | Path | None = None) -> Path:
+    """Where a run of the profile ``name`` keeps its files, made where it is missing: ``given``, or ``results/NAME``."""
+    folder = Path(given).expanduser().resolve() if given else ROOT / "results" / name
+    for part in ("artefacts", "metrics"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def named(profile: Any, changes: Mapping[str, Any]) -> str:
+    """What provenance calls a run: its profile's name, and what differs from it."""
+    told = ", ".join(f"{name}={value}" for name, value in changes.items())
+    return f"{profile.name}, but for {told}" if told else str(profile.name)
 
 
 def save_metrics(

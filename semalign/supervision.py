@@ -1,12 +1,10 @@
 """The teacher's one pass: aligned targets of student width, kept on disk so that the teacher is freed before training.
 
-A *supervised position* is a position t whose next token is a label; h_k, h* and z are read there and nowhere else.
-Layers are numbered from 1.
+Targets are kept at supervised positions, those whose next token is a label. Layers are numbered from 1.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
@@ -14,7 +12,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,61 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from semalign.models import Model, decoder, decoder_layers, fingerprint, sublayers
-from semalign.report import write_text
+from semalign.lm.examples import Encoded, by_length, collate, supervised
+from semalign.lm.files import locked, reserve
+from semalign.lm.hooks import POINTS, capture, logits_of, skip_layers
+from semalign.lm.parts import Model, decoder, decoder_layers, fingerprint
 
-POINTS = ("stream", "residual", "mlp", "attention")
-IGNORED = -100
 VERSION = 1
 CHUNK = 256  # rows of logits in memory at once
-
-
-@dataclass(frozen=True)
-class Example:
-    """One supervised example as text: the response, and only the response, is learned."""
-
-    prompt: str
-    response: str
-
-
-@dataclass(frozen=True)
-class TaskData:
-    """A task's splits: ``train`` to learn from, ``align`` and ``extract`` as seed sets, ``validation`` to watch."""
-
-    name: str
-    train: tuple[Example, ...]
-    align: tuple[Example, ...] = ()
-    extract: tuple[Example, ...] = ()
-    validation: tuple[Example, ...] = ()
-
-
-def save_task(data: TaskData, path: Path) -> None:
-    """Write a task's splits as json."""
-    write_text(path, json.dumps(asdict(data)))
-
-
-def load_task(path: Path) -> TaskData:
-    """What :func:`save_task` wrote.
-
-    Raises:
-        ValueError: the file is missing or is not such a file.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        name = content.pop("name")
-        return TaskData(name, **{split: tuple(Example(**e) for e in examples) for split, examples in content.items()})
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        raise ValueError(f"there is no task in {path}: run the notebook 00_models_and_data again") from None
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Token ids (T,) and labels (T,), int64; labels are -100 outside the response."""
-
-    input_ids: Tensor
-    labels: Tensor
 
 
 @dataclass(frozen=True)
@@ -88,106 +39,6 @@ class Source:
     high: int
     mix: float = 0.0
     point: str = "mlp"
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], *, max_length: int) -> list[Encoded]:
-    """Tokenise prompt and response apart, join them, end the response with EOS, cut at ``max_length`` on the right.
-
-    BOS goes in front where the tokenizer adds one by itself.
-
-    Raises:
-        ValueError: the tokenizer has no EOS token, or an example keeps no supervised position.
-    """
-    if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no EOS token, which ends every response: set tokenizer.eos_token")
-    first = tokenizer("a")["input_ids"][:1]
-    front = first if first == [tokenizer.bos_token_id] else []
-    encoded = []
-    for number, example in enumerate(examples):
-        prompt = front + tokenizer(example.prompt, add_special_tokens=False)["input_ids"]
-        response = tokenizer(example.response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        labels = torch.tensor(([IGNORED] * len(prompt) + response)[:max_length])
-        if not (labels[1:] != IGNORED).any():
-            raise ValueError(
-                f"example {number} has a prompt of {len(prompt)} tokens and no response token left to learn within "
-                f"max_length={max_length}: shorten the prompt or raise max_length"
-            )
-        encoded.append(Encoded(torch.tensor((prompt + response)[:max_length]), labels))
-    return encoded
-
-
-def collate(encoded: Sequence[Encoded], pad_id: int, device: Any = "cpu") -> dict[str, Tensor]:
-    """Pad on the right: ``input_ids``, ``attention_mask``, ``labels``, each (B, T) int64, on ``device``."""
-    columns = {
-        "input_ids": ([e.input_ids for e in encoded], pad_id),
-        "attention_mask": ([torch.ones_like(e.input_ids) for e in encoded], 0),
-        "labels": ([e.labels for e in encoded], IGNORED),
-    }
-    pad = torch.nn.utils.rnn.pad_sequence
-    return {n: pad(rows, batch_first=True, padding_value=fill).to(device) for n, (rows, fill) in columns.items()}
-
-
-def supervised(labels: Tensor) -> Tensor:
-    """Supervised positions (..., T) bool for labels (..., T): true at t where ``labels[t + 1]`` is a label."""
-    mask = torch.zeros_like(labels, dtype=torch.bool)
-    mask[..., :-1] = labels[..., 1:] != IGNORED
-    return mask
-
-
-@contextmanager
-def capture(model: Model, taps: Iterable[tuple[int, str]]) -> Iterator[dict[tuple[int, str], Tensor]]:
-    """Record (B, T, D) tensors, with their graph, of every (layer, point) in ``taps`` during the forward passes inside.
-
-    Points are ``stream`` (the layer's output), ``residual`` (output minus input), ``mlp`` and ``attention`` (what the
-    sublayer adds to the stream), and ``input`` (what the layer receives).
-    """
-    seen: dict[tuple[int, str], Tensor] = {}
-    handles = []
-
-    def tap(layer: int, point: str) -> Any:
-        def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            value = output[0] if isinstance(output, tuple) else output
-            if point in ("input", "residual"):
-                received = args[0] if args else kwargs["hidden_states"]
-                value = received if point == "input" else value - received
-            seen[layer, point] = value
-
-        return hook
-
-    for layer, point in taps:
-        block = decoder_layers(model)[layer - 1]
-        module = sublayers(block)[point == "mlp"] if point in ("mlp", "attention") else block
-        handles.append(module.register_forward_hook(tap(layer, point), with_kwargs=True))
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def skip_layers(model: Model, numbers: Iterable[int]) -> Iterator[None]:
-    """Inside, the given layers hand their input on unchanged and cost nothing; the decoder's own code runs as ever."""
-    layers = decoder_layers(model)
-    skipped = [(layers[n - 1], layers[n - 1].__dict__.get("forward")) for n in numbers]
-    for layer, _ in skipped:
-        layer.forward = lambda hidden_states, *_args, **_kwargs: hidden_states
-    try:
-        yield
-    finally:
-        for layer, own in skipped:
-            del layer.forward
-            if own is not None:
-                layer.forward = own
-
-
-def logits_of(model: Model, final: Tensor) -> Tensor:
-    """Logits (n, m) float32 of normalised final states (n, D), with the architecture's scale and soft cap."""
-    config: Any = decoder(model).config
-    z: Tensor = model.get_output_embeddings()(final).float()  # type: ignore[operator]
-    z = z * (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-    cap = getattr(config, "final_logit_softcapping", None)
-    return cap * torch.tanh(z / cap) if cap else z
 
 
 @dataclass(frozen=True)
@@ -240,7 +91,7 @@ class SupervisionCache:
         root = Path(root)
         root.mkdir(parents=True, exist_ok=True)
         final, tokens = root / key[:32], 0
-        with _locked(root):
+        with locked(root):
             problem = _problem(final, key) if final.exists() else None
             if problem:
                 warnings.warn(f"the supervision cache {final} is damaged ({problem}) and is rebuilt", stacklevel=2)
@@ -301,24 +152,6 @@ def _shapes(data: Sequence[Encoded], n_sources: int, width: int, dtype: str, top
         shapes |= {"top_logprob": ((rows, top_k), dtype), "top_index": ((rows, top_k), "int32")}
         shapes["tail"] = ((rows,), "float32")
     return shapes
-
-
-@contextmanager
-def _locked(root: Path) -> Iterator[None]:
-    """One builder at a time in this folder; the system drops the lock of a process that dies."""
-    handle = os.open(root, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
-def reserve(descriptor: int, size: int) -> None:
-    """Take ``size`` bytes on disk for a file now: a disk that fills under a memory map ends the process by SIGBUS."""
-    os.truncate(descriptor, size)
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, 0, size)
 
 
 @contextmanager
@@ -390,17 +223,6 @@ def _store_top(arrays: dict[str, np.memmap], rows: np.ndarray, logits: Tensor) -
     top, index = logp.topk(arrays["top_index"].shape[1], dim=-1)
     arrays["top_logprob"][rows], arrays["top_index"][rows] = top.cpu().numpy(), index.cpu().numpy()
     arrays["tail"][rows] = logp.scatter(1, index, -torch.inf).exp().sum(-1).cpu().numpy()
-
-
-def by_length(data: Sequence[Encoded], batch_tokens: int) -> Iterator[list[int]]:
-    """Examples in batches of at most ``batch_tokens`` padded tokens, longest first: memory peaks at the start."""
-    batch: list[int] = []
-    for i in sorted(range(len(data)), key=lambda i: -len(data[i].input_ids)):
-        if batch and (len(batch) + 1) * len(data[batch[0]].input_ids) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(i)
-    yield batch
 
 
 def _checksum(path: Path) -> str:

@@ -14,15 +14,18 @@ from typing import Any
 import pytest
 import torch
 from bench.bench_alignment import plain_peft
-from test_supervision import FAMILIES, Letters, toy_data
-from tiny import tiny_llama
-from torch.nn import functional as F
-from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
+from tiny import FAMILIES, Letters, tiny_llama, toy_data
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from semalign import alignment
-from semalign.alignment import DivergedError, TransferConfig, TransferResult, batches, learning_rate, transfer
+from semalign.alignment import transfer
+from semalign.lm.examples import Example, TaskData, collate, encode, supervised
+from semalign.lm.hooks import partial_decoder
 from semalign.models import Pair
-from semalign.supervision import Example, Source, SupervisionCache, TaskData, collate, encode, supervised
+from semalign.supervision import Source, SupervisionCache
+from semalign.training import loop
+from semalign.training.config import DivergedError, TransferConfig, TransferResult
+from semalign.training.loop import batches
 
 K = 2
 
@@ -152,13 +155,13 @@ def test_running_from_cached_inputs_equals_the_full_forward(
 ) -> None:
     torch.manual_seed(0)
     model, data = TINY[family]().eval(), toy_data(5)
-    monkeypatch.setattr(alignment, "IN_MEMORY", 0 if in_file else 2**30)
+    monkeypatch.setattr(loop, "IN_MEMORY", 0 if in_file else 2**30)
     batch = collate([data[3], data[0], data[1]], 0)
     mask = batch["attention_mask"]
     with torch.no_grad():
         expected = model.get_decoder()(batch["input_ids"], attention_mask=mask).last_hidden_state
-        read = alignment.layer_inputs(model, data, first, tmp_path, batch_tokens=25)
-        with alignment.partial_decoder(model, first, 3) as forward:
+        read = loop.layer_inputs(model, data, first, tmp_path, batch_tokens=25)
+        with partial_decoder(model, first, 3) as forward:
             found = forward(read([3, 0, 1]), mask)
         again = model.get_decoder()(batch["input_ids"], attention_mask=mask).last_hidden_state
     torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], atol=1e-5, rtol=1e-4)
@@ -170,7 +173,7 @@ def test_an_architecture_with_more_than_a_stream_between_layers_is_refused(monke
         length = len(encode(make_pair().tokenizer, task().train[:1], max_length=64)[0].labels)
         return lambda examples: torch.randn(len(examples), length, 32)
 
-    monkeypatch.setattr(alignment, "layer_inputs", wrong)
+    monkeypatch.setattr(loop, "layer_inputs", wrong)
     with pytest.raises(ValueError, match="LlamaForCausalLM is not supported"):
         transfer(make_pair(), task(), settings())
 
@@ -181,104 +184,6 @@ def test_accumulated_micro_batches_equal_the_big_batch(kind: str) -> None:
     assert losses(small) == pytest.approx(losses(big), abs=1e-6)
     for p, q in zip(big.student.parameters(), small.student.parameters(), strict=True):
         torch.testing.assert_close(p, q, atol=1e-4, rtol=1e-4)
-
-
-# ------------------------------------------------------------------------------------------------------- losses
-
-
-def test_layer_losses_have_their_known_answers() -> None:
-    h, norm = torch.randn(6, 8), torch.full((6,), 3.0)
-    loss = alignment.layer_loss
-    torch.testing.assert_close(loss("cosine", 5 * h, h, norm, [6]), torch.zeros(6), atol=1e-6, rtol=0)
-    torch.testing.assert_close(loss("cosine", -h, h, norm, [6]), torch.full((6,), 2.0))
-    torch.testing.assert_close(loss("mse", 3 * h, h, norm, [6]), torch.zeros(6))
-    torch.testing.assert_close(loss("mse", 6 * h, h, norm, [6]), torch.ones(6))
-    rotation = torch.linalg.qr(torch.randn(12, 12)).Q[:8]
-    torch.testing.assert_close(loss("relational", h, h @ rotation, norm, [2, 4]), torch.zeros(6), atol=1e-6, rtol=0)
-    a, b = torch.eye(2), torch.tensor([[1.0, 0.0], [1.0, 0.0]])  # centred Gram of a: +-1/2, of b: 0
-    torch.testing.assert_close(loss("relational", a, b, norm[:2], [2]), torch.full((2,), 0.25))
-
-
-def test_relational_loss_sees_each_sequence_alone() -> None:
-    a, b, norm = torch.randn(5, 4), torch.randn(5, 7), torch.ones(5)
-    whole = alignment.layer_loss("relational", a, b, norm, [2, 3])
-    parts = [alignment.layer_loss("relational", a[s], b[s], norm[s], [n]) for s, n in ((slice(2), 2), (slice(2, 5), 3))]
-    torch.testing.assert_close(whole, torch.cat(parts))
-
-
-def run_for(model: Any, **changes: Any) -> Any:
-    config = TransferConfig(**changes)
-    run = alignment._Run(config, model, [], 0, None, (1,), 97, "")  # type: ignore[arg-type]
-    run.factor = alignment.head_factor(model) if config.output_loss == "cosine" else None
-    return run
-
-
-def gemma2() -> Any:
-    torch.manual_seed(0)
-    small: dict[str, Any] = {
-        "vocab_size": 97,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "head_dim": 8,
-    }
-    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    return Gemma2ForCausalLM(Gemma2Config(**small, **heads, final_logit_softcapping=0.05)).eval()
-
-
-@pytest.mark.parametrize(("make", "factored"), [(student, True), (gemma2, False)])
-def test_cosine_with_the_onehot_is_that_of_the_models_logits(make: Callable[[], Any], factored: bool) -> None:
-    model = make()
-    ids, labels = torch.randint(3, 97, (1, 9)), torch.randint(3, 97, (9,))
-    onehot = F.one_hot(labels, 97).float()
-    expected = 1 - F.cosine_similarity(model(ids).logits[0], onehot, dim=-1)
-    run = run_for(model, output_loss="cosine")
-    assert (run.factor is not None) == factored
-    final = model.get_decoder()(ids).last_hidden_state[0]
-    torch.testing.assert_close(alignment.output_loss(run, final, labels, None), expected, atol=1e-5, rtol=1e-4)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("kind", ["ce", "kl", "reverse_kl", "jsd"])
-def test_output_losses_in_chunks_equal_the_plain_ones_with_gradients(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, goal, data = student(), teacher(), toy_data(4)
-    run = run_for(model, output_loss=kind)
-    run.supervision = SupervisionCache.build(tmp_path, goal, data, [Source(1, 1)], dtype="float32", top_k=97)
-    batch = collate(data, 0)
-    mask, rows = supervised(batch["labels"]), run.supervision.rows(range(4))
-    labels = batch["labels"].roll(-1, dims=1)[mask]
-    final = model.get_decoder()(batch["input_ids"]).last_hidden_state[mask].detach().requires_grad_()
-    z = model.lm_head(final)
-    if kind == "ce":
-        expected = F.cross_entropy(z, labels, reduction="none")
-    else:
-        logp, logq = goal(batch["input_ids"]).logits[mask].log_softmax(-1).detach(), z.log_softmax(-1)
-        middle = (0.5 * logp.exp() + 0.5 * logq.exp()).log()
-        parts = {"kl": [(logp, logq)], "reverse_kl": [(logq, logp)], "jsd": [(logp, middle), (logq, middle)]}[kind]
-        expected = torch.stack([(a.exp() * (a - b)).sum(-1) for a, b in parts]).mean(0)
-    (gradient,) = torch.autograd.grad(expected.sum(), final)
-    for budget in (2**24, 3 * 97):
-        monkeypatch.setattr(alignment, "LOGITS", budget)
-        found = alignment.output_loss(run, final, labels, rows)
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(torch.autograd.grad(found.sum(), final)[0], gradient, atol=1e-5, rtol=1e-3)
-
-
-def test_top_k_kl_is_zero_for_the_teacher_itself_and_never_above_the_full_one() -> None:
-    z, other = 3 * torch.randn(5, 50), 3 * torch.randn(5, 50)
-    logp = z.log_softmax(-1)
-    full = (logp.exp() * (logp - other.log_softmax(-1))).sum(-1)
-    for k in (1, 8, 50):
-        top, index = logp.topk(k)
-        tail = 1 - top.exp().sum(-1) if k < 50 else torch.zeros(5)
-        for kind in alignment.DIVERGENCES:
-            own = alignment.divergence(kind, z, top, index, tail)
-            torch.testing.assert_close(own, torch.zeros(5), atol=1e-5, rtol=0)
-            assert (alignment.divergence(kind, other, top, index, tail) > 0).all()
-        part = alignment.divergence("kl", other, top, index, tail)
-        assert (part <= full + 1e-5).all()
-    torch.testing.assert_close(part, full, atol=1e-5, rtol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------- knowledge
@@ -415,13 +320,6 @@ def test_batches_hold_every_example_once_and_neighbours_in_length() -> None:
     assert sorted(spread)[-2] < 40, "a random batch of 8 spans about 78; only the last few examples may"
 
 
-def test_learning_rate_warms_up_then_falls_or_stays() -> None:
-    config = TransferConfig(lr=1.0, warmup=0.2)
-    assert [learning_rate(config, s, 10) for s in (1, 2, 3, 10)] == pytest.approx([0.5, 1.0, 1.0, 1 / 8])
-    flat = TransferConfig(lr=1.0, warmup=0.0, lr_schedule="constant")
-    assert [learning_rate(flat, s, 10) for s in (1, 10)] == [1.0, 1.0]
-
-
 def test_validation_losses_follow_each_epoch_and_change_nothing() -> None:
     watched, alone = (transfer(make_pair(), task(8, validation=n), settings()) for n in (3, 0))
     assert [r["split"] for r in watched.log] == ["validation", *["train", "train", "validation"] * 2]
@@ -430,18 +328,6 @@ def test_validation_losses_follow_each_epoch_and_change_nothing() -> None:
     records = [r for r in watched.log if r["split"] == "train"]
     assert all(r["loss"] == pytest.approx(r["layer_loss"] + r["output_loss"], abs=1e-6) for r in records)
     assert all(r["layer_loss"] == pytest.approx(1 - r["cos"], abs=1e-5) and r["norm_ratio"] > 0 for r in records)
-
-
-def test_fisher_loss_is_the_divergence_of_the_logits_to_second_order() -> None:
-    h, target, head = torch.randn(7, 6), torch.randn(7, 6), torch.randn(11, 6)
-    norm = target.norm(dim=-1)
-    unit = torch.nn.functional.normalize(target, dim=-1)
-    for step, tolerance in ((1e-2, 3e-2), (1e-3, 3e-3)):
-        moved = (target + step * h).double()
-        p, q = (target.double() @ head.double().T).log_softmax(-1), (moved @ head.double().T).log_softmax(-1)
-        expected = (p.exp() * (p - q)).sum(-1)
-        found = alignment.layer_loss("fisher", moved, unit.double(), norm.double(), [7], head.double())
-        torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=0)
 
 
 def test_fisher_loss_trains() -> None:
@@ -668,7 +554,7 @@ def test_a_projection_resumes_with_the_rest(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = {"map": None, "projection": torch.randn(48, 32), "checkpoint_every": 1, "epochs": 2}
     whole = transfer(make_pair(), task(), settings(**config))
-    real = alignment._save_checkpoint
+    real = loop._save_checkpoint
 
     def killed(run: Any, folder: Path, state: dict[str, Any]) -> None:
         real(run, folder, state)
@@ -676,7 +562,7 @@ def test_a_projection_resumes_with_the_rest(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(alignment, "_save_checkpoint", killed)
+        patch.setattr(loop, "_save_checkpoint", killed)
         transfer(make_pair(), task(), settings(**config, folder=tmp_path))
     resumed = transfer(make_pair(), task(), settings(**config, folder=tmp_path))
     assert same_weights(whole.student, resumed.student)

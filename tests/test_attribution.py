@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from semalign.attribution import layer_attribution, neuron_attribution, objective, skip_loss
-from semalign.models import decoder_layers, sublayers
-from semalign.supervision import IGNORED, Encoded, collate
+from semalign.lm.examples import IGNORED, Encoded, collate
+from semalign.lm.parts import decoder_layers, sublayers
 
 BUILDS: list[Callable[[], nn.Module]] = [
     tiny_llama,

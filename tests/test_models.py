@@ -23,7 +23,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from semalign import models, packaged
-from semalign.models import ModelUnavailable, VocabularyMismatch, byte_tokenizer, fingerprint, load_model, load_pair
+from semalign.lm.parts import fingerprint
+from semalign.models import ModelUnavailable, VocabularyMismatch, byte_tokenizer, load_model, load_pair
 from semalign.profiles import Profile, load_profile
 
 SIZES: dict[str, Any] = {

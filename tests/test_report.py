@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from semalign import report
-from semalign.baselines import REGISTRY
+from semalign.methods import REGISTRY
 from semalign.report import BASIS_COLOURS, METHOD_COLOURS, load_metrics, provenance_table, save_metrics, use_style
 
 

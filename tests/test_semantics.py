@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from semalign import semantics
-from semalign.models import final_norm, head_weight, norm_gain
+from semalign.lm.parts import final_norm, head_weight, norm_gain
 from semalign.semantics import (
     KINDS,
     canonical_correlations,

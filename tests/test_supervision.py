@@ -12,46 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_llama
+from tiny import tiny_llama, toy_data
 from torch.nn import functional as F
-from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    Olmo2Config,
-    Olmo2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
 
-from semalign.supervision import Encoded, Example, Source, SupervisionCache, capture, collate, encode, supervised
-
-
-class Letters:
-    """A tokenizer of one token a character, with BOS 1 and EOS 2, as far as ``encode`` needs one."""
-
-    bos_token_id = 1
-    eos_token_id: int | None = 2
-
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        return {"input_ids": [1] * add_special_tokens + [ord(c) % 90 + 3 for c in text]}
-
-
-class NoBos(Letters):
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        return super().__call__(text, False)
-
-
-def toy_data(n: int = 7, seed: int = 0, vocab: int = 97) -> list[Encoded]:
-    """``n`` random examples of 3 to 6 prompt tokens and 1 to 5 response tokens."""
-    generator = torch.Generator().manual_seed(seed)
-    found = []
-    for _ in range(n):
-        prompt, response = (int(torch.randint(a, b, (), generator=generator)) for a, b in ((3, 7), (1, 6)))
-        ids = torch.randint(3, vocab, (prompt + response,), generator=generator)
-        found.append(Encoded(ids, torch.where(torch.arange(len(ids)) < prompt, -100, ids)))
-    return found
+from semalign.lm.examples import Encoded, supervised
+from semalign.supervision import Source, SupervisionCache
 
 
 def states(model: Any, example: Encoded, layer: int) -> torch.Tensor:
@@ -59,84 +24,6 @@ def states(model: Any, example: Encoded, layer: int) -> torch.Tensor:
     seen = model(example.input_ids[None], output_hidden_states=True).hidden_states
     assert layer < len(seen) - 1, "the last of hidden_states is already normalised"
     return seen[layer][0][supervised(example.labels)].detach()
-
-
-def test_encode_puts_bos_in_front_and_eos_after_the_response() -> None:
-    tokenizer: Any = Letters()
-    (encoded,) = encode(tokenizer, [Example("ab", "cd")], max_length=10)
-    a, b, c, d = (ord(x) % 90 + 3 for x in "abcd")
-    assert encoded.input_ids.tolist() == [1, a, b, c, d, 2]
-    assert encoded.labels.tolist() == [-100, -100, -100, c, d, 2]
-    assert supervised(encoded.labels).tolist() == [False, False, True, True, True, False]
-
-
-def test_encode_adds_no_bos_where_the_tokenizer_adds_none_and_cuts_on_the_right() -> None:
-    tokenizer: Any = NoBos()
-    (encoded,) = encode(tokenizer, [Example("ab", "cdefg")], max_length=4)
-    assert encoded.input_ids.tolist() == [ord(x) % 90 + 3 for x in "abcd"]
-
-
-def test_encode_refuses_a_prompt_that_leaves_no_response_and_a_tokenizer_without_eos() -> None:
-    tokenizer: Any = Letters()
-    with pytest.raises(ValueError, match=r"example 1 .* raise max_length"):
-        encode(tokenizer, [Example("a", "b"), Example("abcdef", "g")], max_length=5)
-    tokenizer.eos_token_id = None
-    with pytest.raises(ValueError, match="no EOS"):
-        encode(tokenizer, [Example("a", "b")], max_length=5)
-
-
-def test_an_empty_prompt_without_bos_leaves_the_first_token_out() -> None:
-    tokenizer: Any = NoBos()
-    (encoded,) = encode(tokenizer, [Example("", "ab")], max_length=5)
-    assert int(supervised(encoded.labels).sum()) == 2  # b and EOS: nothing comes before a
-
-
-def test_collate_pads_right_and_ignores_the_padding() -> None:
-    long, short = torch.tensor([5, 6, 7]), torch.tensor([8, 9])
-    batch = collate([Encoded(long, torch.tensor([-100, 6, 7])), Encoded(short, short)], 0)
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 0]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
-    assert batch["labels"].tolist() == [[-100, 6, 7], [8, 9, -100]]
-    assert supervised(batch["labels"]).tolist() == [[True, True, False], [True, False, False]]
-
-
-SMALL: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.1,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-NO_GROUPS = {name: value for name, value in SMALL.items() if name != "num_key_value_heads"}
-FAMILIES: dict[str, Any] = {
-    "llama": lambda: tiny_llama(3),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, head_dim=8)),
-    "olmo2": lambda: Olmo2ForCausalLM(Olmo2Config(**SMALL)),
-    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SMALL, head_dim=8, sliding_window=4)),
-    "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**NO_GROUPS)),
-}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_captured_points_add_up_to_the_reference_stream(family: str) -> None:
-    torch.manual_seed(0)
-    model = FAMILIES[family]().eval()
-    ids = torch.randint(3, 97, (2, 9))
-    points = ("input", "stream", "residual", "attention", "mlp")
-    with torch.no_grad(), capture(model, [(2, p) for p in points]) as seen:
-        hidden = model(ids, output_hidden_states=True).hidden_states
-    torch.testing.assert_close(seen[2, "input"], hidden[1])
-    torch.testing.assert_close(seen[2, "stream"], hidden[2])
-    torch.testing.assert_close(seen[2, "residual"], hidden[2] - hidden[1])
-    torch.testing.assert_close(seen[2, "attention"] + seen[2, "mlp"], hidden[2] - hidden[1], atol=1e-5, rtol=1e-4)
-    seen.clear()
-    model(ids)
-    assert not seen, "nothing is recorded outside"
 
 
 def test_targets_are_the_mapped_unit_teacher_states(tmp_path: Path) -> None:

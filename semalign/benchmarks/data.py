@@ -21,7 +21,7 @@ from typing import Any
 
 from semalign.benchmarks.answers import gsm8k_gold
 from semalign.benchmarks.prompts import LETTERS, PREFIX, prompts, user_turn, wrap
-from semalign.supervision import Example, TaskData
+from semalign.lm.examples import Example, TaskData
 
 TASKS = ("mmlu", "gsm8k", "humaneval", "mbpp")
 SIZES = {"extract": 20, "align": 80, "train": 1000}

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from semalign.classroom import facts, problems
-from semalign.report import write_text
-from semalign.supervision import Example, TaskData
+from semalign.lm.examples import Example, TaskData
+from semalign.lm.files import write_text
 
 SUBJECTS = ("mmlu", "gsm8k", "humaneval", "mbpp")
 SIZES = {"test": 500, "validation": 300, "train": 1000, "align": 80, "extract": 20}

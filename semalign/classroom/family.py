@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase,
 from semalign import benchmarks
 from semalign.classroom import corpora
 from semalign.classroom.training import Recipe, build, held_out_loss, train, train_tokenizer, validation_windows
-from semalign.report import write_text
+from semalign.lm.files import write_text
 
 WEIGHTS = Path(__file__).with_name("weights")
 _STUDENT = corpora.Mixture(corpora.PRETRAINING, reader="student")

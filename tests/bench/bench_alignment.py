@@ -27,20 +27,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from semalign.alignment import TransferConfig, batches, learning_rate, transfer  # noqa: E402
-from semalign.models import Pair  # noqa: E402
-from semalign.report import write_text  # noqa: E402
-from semalign.supervision import (  # noqa: E402
-    Encoded,
-    Example,
-    Source,
-    SupervisionCache,
-    TaskData,
-    capture,
-    collate,
-    encode,
-    supervised,
-)
+from semalign.alignment import transfer
+from semalign.lm.examples import Encoded, Example, TaskData, collate, encode, supervised
+from semalign.lm.files import write_text
+from semalign.lm.hooks import capture
+from semalign.models import Pair
+from semalign.supervision import Source, SupervisionCache
+from semalign.training.config import TransferConfig
+from semalign.training.loop import batches, scheduled_rate
 
 SHAPES = {  # layers, width, MLP width, heads, key-value heads
     "135M": (30, 576, 1536, 9, 3),
@@ -123,7 +117,7 @@ def plain_peft(
             loss.backward()
             total += loss.item()
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step, len(plan))
+            group["lr"] = scheduled_rate(config, step, len(plan))
         optimizer.step()
         optimizer.zero_grad()
         log.append({"loss": total, "seconds": time.perf_counter() - start})

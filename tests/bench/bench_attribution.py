@@ -25,9 +25,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from semalign.attribution import layer_attribution  # noqa: E402
-from semalign.models import decoder_layers  # noqa: E402
-from semalign.report import write_text  # noqa: E402
+from semalign.attribution import layer_attribution
+from semalign.lm.files import write_text
+from semalign.lm.parts import decoder_layers
 
 
 def smollm2(depth: int, vocabulary: int) -> LlamaForCausalLM:

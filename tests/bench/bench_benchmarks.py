@@ -31,13 +31,14 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from lm_eval.models.huggingface import HFLM  # noqa: E402
+from lm_eval.models.huggingface import HFLM
 
-from semalign.benchmarks import _ask, _quiet, evaluate, sandbox, wilson  # noqa: E402
-from semalign.benchmarks.answers import program  # noqa: E402
-from semalign.benchmarks.data import Row, load_items, sample  # noqa: E402
-from semalign.benchmarks.engine import SharedPrefixLM  # noqa: E402
-from semalign.report import save_metrics, write_text  # noqa: E402
+from semalign.benchmarks import _ask, _quiet, evaluate, sandbox, wilson
+from semalign.benchmarks.answers import program
+from semalign.benchmarks.data import Row, load_items, sample
+from semalign.benchmarks.engine import SharedPrefixLM
+from semalign.lm.files import write_text
+from semalign.report import save_metrics
 
 
 def packaged_or_random() -> tuple[Any, Any, str]:

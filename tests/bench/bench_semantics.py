@@ -27,8 +27,8 @@ from torch import Tensor
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from semalign.report import write_text  # noqa: E402
-from semalign.semantics import recompose, semantic_map  # noqa: E402
+from semalign.lm.files import write_text
+from semalign.semantics import recompose, semantic_map
 
 CASES = {  # m, D_T, D_S
     "medium": (16000, 2560, 2048),

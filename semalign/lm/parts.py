@@ -1,0 +1,119 @@
+"""Where the parts of a causal language model are, whatever its architecture calls them.
+
+Layers are numbered from 1, as in the paper; a module list is indexed with ``k - 1`` at the point of use.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Model = nn.Module
+"""A causal language model with the parts that the functions below find (a transformers model)."""
+
+
+def decoder(model: Model) -> Model:
+    """The stack without the head: what maps token ids to normalised final states."""
+    return model.get_decoder() if hasattr(model, "get_decoder") else model.base_model  # type: ignore[operator, return-value]
+
+
+def decoder_layers(model: Model) -> nn.ModuleList:
+    """The layers 1..L of ``model`` in order (index 0 is layer 1).
+
+    Raises:
+        ValueError: the architecture keeps its layers under a name that is not known here.
+    """
+    stack = decoder(model)
+    for name in ("layers", "h", "blocks"):
+        found = getattr(stack, name, None)
+        if isinstance(found, nn.ModuleList):
+            return found
+    raise ValueError(f"no layer list found in a {type(model).__name__}; known names are layers, h and blocks")
+
+
+def sublayers(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The modules of one layer whose outputs are added to the residual stream: (attention, MLP).
+
+    OLMo-2 and Gemma-2/3 normalise a sublayer's output before they add it; there the added vector, and so the
+    sublayer output of section 4, is that norm's output.
+    """
+    if hasattr(layer, "post_feedforward_layernorm"):
+        return layer.post_attention_layernorm, layer.post_feedforward_layernorm  # type: ignore[return-value]
+    attention = next((getattr(layer, n) for n in ("self_attn", "attention", "attn") if hasattr(layer, n)), None)
+    mlp = getattr(layer, "mlp", None)
+    if attention is None or mlp is None:
+        raise ValueError(f"no attention and MLP found in a {type(layer).__name__}")
+    return attention, mlp
+
+
+def final_norm(model: Model) -> nn.Module:
+    """The norm between the last layer and the head."""
+    stack = decoder(model)
+    for name in ("norm", "final_layer_norm", "ln_f"):
+        if isinstance(getattr(stack, name, None), nn.Module):
+            return getattr(stack, name)
+    raise ValueError(f"no final norm found in a {type(model).__name__}")
+
+
+def norm_gain(model: Model) -> Tensor:
+    """The final norm's gain g (D,). Its sign is kept: entries can be negative.
+
+    Some norms (Gemma's among them) store w = g - 1. Which is which shows in what the norm does to a vector of
+    alternating signs, whose mean is 0 and whose variance is 1; the difference with its mirror image drops a bias.
+    """
+    norm = final_norm(model)
+    weight: Tensor = norm.weight.detach()  # type: ignore[operator]
+    signs = torch.ones_like(weight)
+    signs[1::2] = -1
+    with torch.no_grad():
+        gain = (norm(signs) - norm(-signs)) / 2 * signs
+    return weight + 1 if (gain - weight - 1).norm() < (gain - weight).norm() else weight
+
+
+def head_weight(model: Model) -> Tensor:
+    """The LM head W (m, D), detached; the embedding matrix where the two are tied."""
+    return model.get_output_embeddings().weight.detach()  # type: ignore[operator]
+
+
+def embedding_weight(model: Model) -> Tensor:
+    """The input embeddings (m, D), detached."""
+    return model.get_input_embeddings().weight.detach()  # type: ignore[operator]
+
+
+def describe(model: Model) -> dict[str, int | str | bool]:
+    """What sets one model of a family apart: layers, width, vocabulary, parameters, tied heads, and the final norm."""
+    head = head_weight(model)
+    return {
+        "architecture": type(model).__name__,
+        "layers": len(decoder_layers(model)),
+        "width": head.shape[1],
+        "vocabulary": head.shape[0],
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "tied head": head.data_ptr() == embedding_weight(model).data_ptr(),
+        "final norm": type(final_norm(model)).__name__,
+    }
+
+
+def fingerprint(model: Model) -> str:
+    """SHA-256 (hex) over a model's configuration and every parameter's name, type, shape and bytes.
+
+    What only says where a model was read from, or by which version, is left out: equal weights are equal prints.
+    """
+    config: dict[str, Any] = model.config.to_dict()  # type: ignore[operator, union-attr]
+    for origin in ("_name_or_path", "architectures", "dtype", "transformers_version"):
+        config.pop(origin, None)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def layer_parameters(model: Model, k: int) -> list[str]:
+    """The names of layer k's parameters in ``model``, whatever the architecture calls its layers."""
+    inside = {id(p) for p in decoder_layers(model)[k - 1].parameters()}
+    return [name for name, p in model.named_parameters() if id(p) in inside]

@@ -1,0 +1,181 @@
+"""The command line: ``run``, ``rates``, ``keep``; and, for the Snakefile, ``notebook``, ``trial`` and ``book``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from semalign.pipeline.notebooks import KEPT_ELSEWHERE, ORDER, ROOT, chapters_of, preflight, run_digest, stamp
+from semalign.profiles import load_profile
+
+RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+"""The grid of learning rates, the same for every method."""
+
+_LOCKS: list[Any] = []  # open lock files: closing one would release it
+
+
+def lock(results: str) -> None:
+    """Refuse a second run over the same results while one is alive. The lock ends with its process, however it ends.
+
+    Raises:
+        RuntimeError: another process holds it.
+    """
+    import fcntl
+
+    Path(results).mkdir(parents=True, exist_ok=True)
+    handle = open(Path(results) / ".lock", "w")  # noqa: SIM115 - held open on purpose
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.close()
+        raise RuntimeError(f"another run is writing to {results}; wait for it to end, or stop it") from None
+    _LOCKS.append(handle)
+
+
+def _watch(pids: list[int]) -> None:
+    """Stop this process, and with it its kernel, once one of ``pids`` is gone (a killed make leaves nothing behind)."""
+
+    def loop() -> None:
+        while True:
+            for pid in pids:
+                try:
+                    os.kill(pid, 0)
+                except ProcessLookupError:
+                    os._exit(1)
+                except PermissionError:
+                    pass
+            time.sleep(0.5)
+
+    threading.Thread(target=loop, daemon=True).start()
+
+
+def make_trial(profile: str, task: str, method: str, seed: int, results: Path) -> None:
+    """One trial of a profile, in the file that the notebooks look for."""
+    from semalign.study import trials
+
+    p, started = load_profile(profile), time.monotonic()
+    preflight(p)
+    folder = results / "artefacts" / "trials"
+    trials.run_trial(p, task, method, seed, folder, others=p.others)
+    stamp(folder / task / f"{method}-{seed}.json", run_digest(p))
+    print(f"[{task}] {time.monotonic() - started:6.1f} s  {method}, seed {seed}", flush=True)
+
+
+def choose_rates(profile: str) -> Path:
+    """Try every method of a profile at the rates of the grid, and keep scores and choices in ``book/rates``.
+
+    The trials are kept in the profile's results, so that a run that was stopped goes on where it was.
+    """
+    from semalign.report import save_metrics
+    from semalign.study import trials
+
+    p = load_profile(profile)
+    target = ROOT / "book" / "rates" / f"{p.name}.json"
+    scores = trials.grid(p, RATES, ROOT / "results" / p.name / "artefacts" / "rates")
+    chosen = {method: trials.choose_rate(of_rates) for method, of_rates in scores.items()}
+    of = {"tasks": p.tasks, "examples": dict(p.sizes), "epochs": p.epochs}
+    metrics = {**of, "scores": scores, "chosen": chosen, "code": trials.code_key()}
+    save_metrics(target, metrics, seeds=p.seeds[:1], profile=p.name)
+    return target
+
+
+def keep(profile: str) -> Path:
+    """Copy the metrics of a finished run to ``book/full_run``, with the version of the code that they belong to.
+
+    Raises:
+        RuntimeError: a notebook has no metrics yet; nothing is copied then.
+    """
+    from semalign.report import load_metrics, save_metrics
+    from semalign.study.trials import code_key
+
+    p = load_profile(profile)
+    source, target = ROOT / "results" / p.name / "metrics", ROOT / "book" / "full_run"
+    names = [name for name in chapters_of(p) if name not in KEPT_ELSEWHERE]
+    if absent := [name for name in names if not (source / f"{name}.json").exists()]:
+        raise RuntimeError(f"{p.name} has no numbers of {', '.join(absent)}: call make notebooks PROFILE={profile}")
+    _, made = load_metrics(source / f"{names[-1]}.json")
+    save_metrics(target / "version.json", {"code": code_key()}, seeds=made["seeds"], profile=p.name)
+    for name in names:
+        shutil.copyfile(source / f"{name}.json", target / f"{name}.json")
+    return target
+
+
+def run(profile: str, cores: str, until: str, results: Path | None = None) -> int:
+    """Call Snakemake for one profile and print where the book is.
+
+    Raises:
+        ProfileError: the profile is unknown or malformed, or asks for programs and does not allow them.
+    """
+    p = load_profile(profile)
+    preflight(p)
+    if Path(profile).suffix in (".yaml", ".yml"):
+        profile = str(Path(profile).expanduser().resolve())
+    folder = (results or ROOT / "results" / p.name).resolve()
+    command = [
+        sys.executable, "-m", "snakemake", until, "--snakefile", str(ROOT / "Snakefile"), "--directory", str(ROOT),
+        "--cores", cores, "--resources", "gpu=1", "--nolock", "--rerun-incomplete",
+        "--config", f"profile={profile}", f"results={folder}", "--rerun-triggers", "software-env",
+        "--quiet", "rules", "progress", "host", "reason",
+    ]  # fmt: skip
+    code = subprocess.run(command).returncode
+    if code == 0 and until == "book":
+        print(f"the book: {folder / 'book' / '_build' / 'html' / 'index.html'}")
+    return code
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Do what the command line says; what goes wrong is said in one sentence, and the exit status is 1."""
+    parser = argparse.ArgumentParser(prog="python -m semalign.pipeline", description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    whole = verbs.add_parser("run", help="run a profile's notebooks and build its book")
+    whole.add_argument("profile")
+    whole.add_argument("--cores", default="all")
+    whole.add_argument("--until", default="book", choices=["book", "notebooks"])
+    whole.add_argument("--results", type=Path)
+    one = verbs.add_parser("notebook", help="run one notebook")
+    one.add_argument("name", choices=list(ORDER))
+    one.add_argument("profile")
+    one.add_argument("--results", type=Path, required=True)
+    trial = verbs.add_parser("trial", help="run one method on one task under one seed")
+    trial.add_argument("profile")
+    trial.add_argument("task")
+    trial.add_argument("method")
+    trial.add_argument("seed", type=int)
+    trial.add_argument("--results", type=Path, required=True)
+    for name, say in {"rates": "choose the methods' learning rates", "keep": "keep a run's numbers"}.items():
+        verbs.add_parser(name, help=say).add_argument("profile")
+    book = verbs.add_parser("book", help="build the book from executed notebooks")
+    book.add_argument("profile")
+    book.add_argument("--results", type=Path, required=True)
+    given = parser.parse_args(argv)
+    _watch([int(os.environ[k]) for k in ("SEMALIGN_MAKE_PID", "SEMALIGN_PIPELINE_PID") if os.environ.get(k)])
+    try:
+        if given.verb == "run":
+            return run(given.profile, given.cores, given.until, given.results)
+        if given.verb == "notebook":
+            from semalign.pipeline.notebooks import run_notebook
+
+            run_notebook(given.name, given.profile, given.results.resolve())
+        elif given.verb == "trial":
+            make_trial(given.profile, given.task, given.method, given.seed, given.results.resolve())
+        elif given.verb in ("rates", "keep"):
+            print({"rates": choose_rates, "keep": keep}[given.verb](given.profile))
+        else:
+            from semalign.pipeline.book import build_book
+
+            build_book(given.profile, given.results.resolve())
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"semalign: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

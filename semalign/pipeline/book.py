@@ -1,0 +1,122 @@
+"""The book: prose and executed notebooks laid side by side, and built with warnings as errors."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import yaml
+
+from semalign.pipeline.notebooks import NOTEBOOKS, ROOT, chapters_of, contents, digest, digests, missing
+from semalign.profiles import Profile, load_profile
+
+OPEN = "open"
+"""The tag of a code cell that stays open on its page: one of the paper's own calls."""
+
+
+def book_sources() -> list[str]:
+    """The prose, configuration and static files of the book, relative to the repository."""
+    kept = [p for p in (ROOT / "book").rglob("*") if p.is_file() and "_build" not in p.parts]
+    return [p.relative_to(ROOT).as_posix() for p in [*sorted(kept), ROOT / "_config.yml", ROOT / "_toc.yml"]]
+
+
+def book_digest(p: Profile) -> str:
+    """The hash of all that determines the built book."""
+    return digest(digests(p), contents(ROOT / path for path in book_sources()))
+
+
+def stage_book(p: Profile, results: Path) -> Path:
+    """Lay the prose, the executed notebooks and the configuration side by side, as the book's source folder.
+
+    Pages keep their paths in the repository, which the launch buttons need. Chapters that the profile leaves out are
+    named on a page of their own, and links to them become plain text.
+    """
+    stage = results / "book"
+    shutil.rmtree(stage, ignore_errors=True)
+    out = missing(p)
+    for path in book_sources():
+        (stage / path).parent.mkdir(parents=True, exist_ok=True)
+        if path.endswith(".md") and out:
+            text = (ROOT / path).read_text(encoding="utf-8")
+            (stage / path).write_text(without_links(text, out), encoding="utf-8")
+        else:
+            shutil.copy(ROOT / path, stage / path)
+    shutil.copy(results / "artefacts" / "main_figure.svg", stage / "book")
+    (stage / "notebooks").mkdir()
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
+    for part in toc["parts"]:
+        part["chapters"] = [c for c in part["chapters"] if Path(c["file"]).name not in out]
+    toc["parts"] = [part for part in toc["parts"] if part["chapters"]]
+    if out:
+        lines = [f"- **{_title(name)}** {why}." for name, why in out.items()]
+        page = "# Not in this run\n\nThese chapters need what the profile does not have:\n\n" + "\n".join(lines) + "\n"
+        (stage / "book" / "left_out.md").write_text(page, encoding="utf-8")
+        toc["parts"].append({"caption": f"Left out: {len(out)}", "chapters": [{"file": "book/left_out"}]})
+    (stage / "_toc.yml").write_text(yaml.safe_dump(toc, sort_keys=False), encoding="utf-8")
+    for name in chapters_of(p):
+        notebook = nbformat.read(results / "notebooks" / f"{name}.ipynb", as_version=4)
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                cell.metadata.tags = [*cell.metadata.get("tags", []), *_shown(cell)]
+            elif out:
+                cell.source = without_links(cell.source, out)
+        notebook.cells.append(nbformat.v4.new_markdown_cell(_made(name, notebook, results)))
+        nbformat.write(notebook, stage / "notebooks" / f"{name}.ipynb")
+    return stage
+
+
+def _shown(cell: nbformat.NotebookNode) -> list[str]:
+    """How a code cell stands on its page: the paper's calls open, other code folded over its output, the rest not."""
+    tags = cell.metadata.get("tags", [])
+    if OPEN in tags:
+        return []
+    if "injected-parameters" in tags or not cell.outputs:
+        return ["remove-cell"]
+    return ["hide-input"]
+
+
+def without_links(text: str, out: dict[str, str]) -> str:
+    """Markdown whose links to the chapters in ``out`` are their titles, in plain text."""
+
+    def plain(link: re.Match[str]) -> str:
+        name = Path(link[2]).stem
+        return f"{link[1] or _title(name)} (not in this run)" if name in out else link[0]
+
+    return re.sub(r"\[([^\]]*)\]\(([^)\s]*?\.ipynb)[^)]*\)", plain, text)
+
+
+def _title(name: str) -> str:
+    first: str = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4).cells[0].source
+    return first.splitlines()[0].lstrip("# ")
+
+
+def _made(name: str, notebook: nbformat.NotebookNode, results: Path) -> str:
+    """The block under a notebook that says how it was made."""
+    from semalign.report import load_metrics, provenance_table
+
+    _, provenance = load_metrics(results / "metrics" / f"{name}.json")
+    seconds: Any = notebook.metadata.papermill.duration
+    return f"## How this page was made\n\n{provenance_table({**provenance, 'wall_s': seconds})}\n"
+
+
+def build_book(profile: str, results: Path) -> Path:
+    """Build the staged book with warnings as errors; returns the path of its ``index.html``.
+
+    Raises:
+        RuntimeError: Sphinx warned or failed; its output has been printed.
+    """
+    stage = stage_book(load_profile(profile), results)
+    jupyter_book = str(Path(sys.executable).with_name("jupyter-book"))
+    command = [jupyter_book, "build", str(stage), "-W", "-n", "--keep-going", "-q"]
+    done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    index = stage / "_build" / "html" / "index.html"
+    if done.returncode or not index.exists():
+        print(done.stdout)
+        index.unlink(missing_ok=True)
+        raise RuntimeError("the book did not build; the warnings above are errors")
+    return index

@@ -1,0 +1,284 @@
+"""The chapters: their order, what they need, what decides whether one runs again, and one run through papermill."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nbformat
+
+from semalign.lm.files import write_text
+from semalign.profiles import Profile, ProfileError, declared, load_profile
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+NOTEBOOKS = ROOT / "notebooks"
+
+NEEDS: dict[str, tuple[Callable[[Profile], bool], str]] = {
+    **{
+        task: (lambda p, task=task: task in p.tasks, f"the task {task}, which this profile leaves out")  # type: ignore[misc]
+        for task in declared("benchmarks")
+    },
+    "programs": (lambda p: bool(p.code_tasks), "a task whose answers are programs"),
+    "kept run": (lambda p: (ROOT / "book" / "full_run" / "version.json").exists(), "the kept numbers of a full run"),
+}
+"""What a chapter can need: how a profile is asked for it, and what it is called where it is missing."""
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """The notebooks that a chapter reads from, where the profile has them, and its ``needs``, keys of ``NEEDS``.
+
+    ``of_task``: it is about this one, and its trials can be jobs of their own.
+    """
+
+    reads: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    of_task: str = ""
+
+
+ORDER: dict[str, Chapter] = {
+    "00_models_and_data": Chapter(),
+    "01_semantics": Chapter(),
+    "02_importance": Chapter(reads=("00_models_and_data",)),
+    "03_pairing": Chapter(reads=("02_importance",)),
+    "04_alignment": Chapter(reads=("03_pairing",)),
+    "05_mmlu": Chapter(needs=("mmlu",), of_task="mmlu"),
+    "06_gsm8k": Chapter(needs=("gsm8k",), of_task="gsm8k"),
+    "07_humaneval": Chapter(needs=("humaneval",), of_task="humaneval"),
+    "08_mbpp": Chapter(needs=("mbpp",), of_task="mbpp"),
+    "09_fine_tuned_teachers": Chapter(needs=("programs",)),
+    "10_similarity": Chapter(),
+    "11_ablations": Chapter(),
+    "12_controls": Chapter(),
+    "13_rivals": Chapter(),
+    "14_search": Chapter(),
+    "15_paper_against_ours": Chapter(
+        reads=(
+            "01_semantics", "04_alignment", "05_mmlu", "06_gsm8k", "07_humaneval", "08_mbpp",
+            "09_fine_tuned_teachers", "10_similarity", "11_ablations", "12_controls", "14_search",
+        )
+    ),
+    "90_cost": Chapter(),
+    "91_pico": Chapter(),
+    "92_smollm2": Chapter(),
+    "93_full_run": Chapter(needs=("kept run",)),
+}  # fmt: skip
+"""Every chapter."""
+
+KEPT_ELSEWHERE = ("90_cost", "91_pico", "92_smollm2", "93_full_run")
+"""The notebooks that a profile says nothing to."""
+
+
+class NotebookFailed(RuntimeError):
+    """A notebook stopped with an error; the message names the notebook, the cell and the error."""
+
+
+def missing(p: Profile) -> dict[str, str]:
+    """The chapters that a profile leaves out, and what each of them lacks."""
+    lacks = {name: [NEEDS[need][1] for need in c.needs if not NEEDS[need][0](p)] for name, c in ORDER.items()}
+    return {name: f"needs {' and '.join(what)}" for name, what in lacks.items() if what}
+
+
+def chapters_of(p: Profile) -> dict[str, Chapter]:
+    """The chapters that a profile runs, reading from those that it runs."""
+    out = missing(p)
+    left = {name: chapter for name, chapter in ORDER.items() if name not in out}
+    return {n: Chapter(tuple(r for r in c.reads if r in left), c.needs, c.of_task) for n, c in left.items()}
+
+
+def trials_of(p: Profile, name: str) -> list[str]:
+    """The trials that are jobs of their own before a chapter, as paths below ``artefacts/trials``.
+
+    None where the profile has no ``trial_jobs``: there the notebook runs them itself, one after another.
+    """
+    task = ORDER[name].of_task if p.trial_jobs else ""
+    if not task:
+        return []
+    rows = declared("methods")
+    methods = dict.fromkeys(["teacher", "none", *p.methods])
+    seeds = {m: p.seeds if rows.get(m, {"seeded": False}).get("seeded", True) else p.seeds[:1] for m in methods}
+    return [f"{task}/{method}-{seed}.json" for method, own in seeds.items() for seed in own]
+
+
+def preflight(p: Profile) -> None:
+    """Refuse, before any model loads, what is known to fail after hours.
+
+    Raises:
+        ProfileError: the profile asks for programs and does not allow them; the message says which setting mends it.
+    """
+    if p.code_tasks and not p.allow_code_execution:
+        raise ProfileError(
+            f"profile {p.name} has {' and '.join(p.code_tasks)}, which run programs that a model wrote: set "
+            f"allow_code_execution: true in it to have them run in the sandbox, or take the tasks out"
+        )
+
+
+def cells_of(notebook: nbformat.NotebookNode) -> list[tuple[str, str, list[str], dict[str, Any]]]:
+    """What a notebook says and does, without outputs and counts: type, source, tags and caption of each cell."""
+    cells = []
+    for cell in notebook.cells:
+        said = cell.metadata
+        if "injected-parameters" in said.get("tags", []):  # papermill's, in an executed copy
+            continue
+        cells.append((cell.cell_type, cell.source, sorted(said.get("tags", [])), dict(said.get("mystnb", {}))))
+    return cells
+
+
+def digest(*parts: object) -> str:
+    """Sixteen hexadecimal digits over anything that json can tell apart."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def contents(paths: Iterable[Path]) -> list[tuple[str, str]]:
+    """Files by their path in the repository, and the hash of each."""
+    return [(p.relative_to(ROOT).as_posix(), hashlib.sha256(p.read_bytes()).hexdigest()) for p in sorted(paths)]
+
+
+def _code() -> list[tuple[str, str]]:
+    """Everything in ``semalign`` that is read at run time, and the lock file; a manifest stands for the weights."""
+    kept = {".py", ".yaml", ".json", ".csv"}
+    tree = [p for p in (ROOT / "semalign").rglob("*") if p.suffix in kept and "__pycache__" not in p.parts]
+    return contents([*tree, ROOT / "requirements.lock"])
+
+
+def _data_of(notebook: nbformat.NotebookNode) -> list[tuple[str, str]]:
+    """The data files of the book that a notebook names, by themselves or by their folder."""
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    files = [p for p in (ROOT / "book").rglob("*") if p.suffix in (".json", ".yaml") and "_build" not in p.parts]
+    folders = {p.parent.name for p in files} - {"book"}
+    named = {folder for folder in folders if f'"{folder}"' in text or f"{folder}/" in text}
+    return contents(p for p in files if p.name in text or p.parent.name in named)
+
+
+def run_digest(p: Profile) -> str:
+    """The hash of what can change a trial; which of it really does, the trial's own key decides."""
+    return digest(_code(), p.model_dump(mode="json"))
+
+
+def digests(p: Profile) -> dict[str, str]:
+    """One hash a notebook over all that determines its result: source, profile, code, data, and what it reads."""
+    shared = run_digest(p)
+    hashes: dict[str, str] = {}
+    for name, chapter in chapters_of(p).items():
+        notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+        hashes[name] = digest(shared, cells_of(notebook), _data_of(notebook), [hashes[b] for b in chapter.reads])
+    return hashes
+
+
+def stamp(output: Path, value: str) -> None:
+    """Say beside a finished file what it was made from."""
+    write_text(output.with_name(output.name + ".digest"), value + "\n")
+
+
+def stale(p: Profile, results: Path) -> set[str]:
+    """The notebooks and trials in ``results`` that were made from something else than what is there now.
+
+    Beside each finished file stands the digest that it was made from, so that a folder can be handed on. A notebook
+    without one (of a folder put together by hand) is judged by its cells alone.
+    """
+    old = {name for name, value in digests(p).items() if not _fresh(results, name, value)}
+    shared = run_digest(p)
+    for name in chapters_of(p):
+        for path in trials_of(p, name):
+            trial = results / "artefacts" / "trials" / path
+            if trial.exists() and _stamped(trial) != shared:
+                old.add(path)
+    return old
+
+
+def _stamped(output: Path) -> str:
+    try:
+        return output.with_name(output.name + ".digest").read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+
+
+def _fresh(results: Path, name: str, value: str) -> bool:
+    output, copy = results / "metrics" / f"{name}.json", results / "notebooks" / f"{name}.ipynb"
+    if not output.exists():
+        return True  # not stale but absent: it will run anyway
+    if made_from := _stamped(output):
+        return made_from == value
+    try:
+        made = cells_of(nbformat.read(copy, as_version=4))
+    except (OSError, ValueError):
+        return False
+    return made == cells_of(nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4))
+
+
+def _section(cells: list[nbformat.NotebookNode], index: int) -> str:
+    """The heading that a cell stands under, for the progress lines."""
+    above = "\n".join(c.source for c in cells[:index] if c.cell_type == "markdown").splitlines()
+    return next((line.lstrip("# ") for line in reversed(above) if line.startswith("#")), "")
+
+
+def run_notebook(name: str, profile: str, results: Path) -> Path:
+    """Execute one notebook for a profile, by its name or path.
+
+    The executed copy goes to ``results/notebooks``; where a cell fails, the copy up to and with the traceback.
+
+    Raises:
+        ProfileError: the profile is unknown or malformed, or allows less than the notebook needs.
+        NotebookFailed: a cell raised, the kernel died, or the notebook left no metrics file.
+    """
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    p = load_profile(profile)
+    preflight(p)
+    source, target = NOTEBOOKS / f"{name}.ipynb", results / "notebooks" / f"{name}.ipynb"
+    metrics = results / "metrics" / f"{name}.json"
+    for folder in (target.parent, metrics.parent, results / "artefacts"):
+        folder.mkdir(parents=True, exist_ok=True)
+    metrics.unlink(missing_ok=True)
+    made_from = digests(p).get(name, "")
+    # A kernel of papermill has no widgets, and says so on the page of every notebook that imports tqdm.
+    os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"
+    os.environ.pop("MPLBACKEND", None)  # with a caller's backend a page has no figures
+    started, at = time.monotonic(), [0]
+
+    class Progress(papermill.engines.NBClientEngine):
+        @classmethod
+        def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **kwargs: Any) -> None:
+            begin, cells = nb_man.cell_start, nb_man.nb.cells
+
+            def announce(cell: Any, cell_index: int = 0, **kw: Any) -> None:
+                at[0] = cell_index
+                if cell.cell_type == "code":
+                    when = f"{time.monotonic() - started:6.1f} s  cell {cell_index + 1}/{len(cells)}"
+                    print(f"[{name}] {when}  {_section(cells, cell_index)}", flush=True)
+                begin(cell, cell_index, **kw)
+
+            nb_man.cell_start = announce
+            quiet = ["--IPKernelApp.log_level=50"]  # the kernel reports its transport and its shutdown
+            super().execute_managed_notebook(nb_man, kernel_name, extra_arguments=quiet, **kwargs)
+
+    papermill.engines.papermill_engines.register("progress", Progress)
+    given = {"profile": profile, "results": str(results)}
+    try:
+        papermill.execute_notebook(
+            str(source), str(target), parameters=given, engine_name="progress", kernel_name="python3",
+            cwd=str(NOTEBOOKS), progress_bar=False, log_output=False,
+        )  # fmt: skip
+    except PapermillExecutionError as error:
+        raise NotebookFailed(
+            f"notebook {name} failed in cell {error.cell_index}: {error.ename}: {error.evalue}\n"
+            f"the cell:\n{error.source}\nthe executed part, with the traceback: {target}"
+        ) from None
+    except DeadKernelError:
+        raise NotebookFailed(
+            f"the kernel of notebook {name} died in cell {at[0] + 1}, as it does where memory runs out: give it more, "
+            f"or lower eval_batch_size; the part that had run: {target}"
+        ) from None
+    if not metrics.exists():
+        raise NotebookFailed(f"notebook {name} ran to its end but saved no metrics to {metrics}")
+    stamp(metrics, made_from)
+    print(f"[{name}] {time.monotonic() - started:6.1f} s  done", flush=True)
+    return target

@@ -1,0 +1,313 @@
+"""Trials: one method on one task under one seed, from the training examples to the answers, as one small file.
+
+Tables 1 and 2 of the paper are means over such files. A file that is there and belongs to the same settings and code is
+read, not made again, so that a run goes on where it stopped and a cluster can make files side by side.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from semalign import benchmarks, classroom
+from semalign.benchmarks.data import Row, sample
+from semalign.lm.examples import TaskData, encode
+from semalign.lm.files import write_text
+from semalign.lm.parts import decoder_layers
+from semalign.methods import REGISTRY
+from semalign.methods.registry import run
+from semalign.models import Pair, load_pair
+from semalign.pairing import critical_pair
+from semalign.profiles import Profile, TrialSettings
+from semalign.study import analysis
+from semalign.supervision import SupervisionCache
+from semalign.training.config import DivergedError, TransferConfig, costs
+
+SPLITS = ("train", "align", "extract", "validation")
+TEACHER = "teacher"  # the name under which the teacher answers
+PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def seeds_of(method: str, seeds: Sequence[int]) -> Sequence[int]:
+    """The seeds that a method runs under: the first alone where nothing is drawn."""
+    return seeds if method != TEACHER and REGISTRY[method].seeded else seeds[:1]
+
+
+def splits(p: Profile, task: str, watched: str = "validation") -> TaskData:
+    """The examples of a task, cut to the profile's sizes; the split ``watched`` is its validation.
+
+    Raises:
+        ValueError: the benchmark's own examples cannot be asked by this protocol.
+    """
+    cloze = p.protocol(task) == "paper-cloze"
+    if p.data == "classroom":
+        whole = classroom.task_data(task, cloze=cloze, watched=watched)
+    elif cloze:
+        raise ValueError(
+            f"protocols: {{{task}: paper-cloze}} needs data: classroom, whose examples are asked without choices"
+        )
+    else:
+        whole = benchmarks.task_data(task)
+        if watched == "test":
+            whole = replace(whole, validation=benchmarks.data.examples(task))
+    sizes = {**dict(p.sizes), "validation": getattr(p.sizes, watched)}
+    return TaskData(task, **{s: getattr(whole, s)[: sizes[s]] for s in SPLITS})
+
+
+def questions(p: Profile, task: str, split: str = "test", limit: int | None = None) -> list[Row]:
+    """The questions of a task in its benchmark's format: the same ``limit`` of them for every method and seed."""
+    limit = p.sizes.test if limit is None else limit
+    source = [dict(i.record) for i in classroom.items(task, split)] if p.data == "classroom" else None
+    return sample(benchmarks.load_items(task, source, split), limit, seed=0)
+
+
+def run_trial(
+    p: Profile,
+    task: str,
+    method: str,
+    seed: int,
+    folder: str | Path,
+    *,
+    changes: Mapping[str, Any] | None = None,
+    split: str | None = "test",
+    others: int = 0,
+    variant: str = "",
+    watched: str = "validation",
+) -> dict[str, Any]:
+    """Train by ``method`` on ``task``, answer its questions, compare with the teacher, and keep it all in ``folder``.
+
+    Args:
+        method: a name of the registry, or ``teacher``.
+        changes: hyperparameters that differ from the profile's; ``variant`` names the file then.
+        split: whose questions are answered; None asks none, where something is still to be chosen.
+        others: how many questions of each other task of the profile to ask, for what was forgotten.
+        watched: the split whose reference answers are read: ``test`` only for what has been chosen.
+
+    Returns:
+        ``answers``: a task's (id, correct, prediction, topic, known) a question; ``validation``: for each watched
+        example the mean over its positions of ``loss``, ``right``, and against the teacher ``kl`` (nats) and ``agree``;
+        ``cost``; ``layers``: the student layers that were trained.
+
+    Raises:
+        ValueError: an unknown method, or a hyperparameter that it does not have.
+    """
+    if method not in (TEACHER, *REGISTRY):
+        raise ValueError(f"unknown method {method!r}: the methods are {', '.join((TEACHER, *REGISTRY))}")
+    path = Path(folder, task, f"{method}{'-' + variant if variant else ''}-{seed}.json")
+    asked = [task, *(t for t in p.tasks if t != task and others)] if split else [t for t in p.tasks if t == task]
+    key = trial_key(p, asked or [task], method, seed, changes, split, others, watched)
+    if path.exists() and (kept := json.loads(path.read_text(encoding="utf-8")))["key"] == key:
+        return dict(kept)
+    pair = load_pair(p)
+    data = splits(p, task, watched)
+    spent, layers = costs(), tuple[int, ...]()
+    if method == TEACHER:
+        model: Any = pair.load_teacher().eval()
+    else:
+        own = {**p.hyperparameters.get(method, {}), **(changes or {})}
+        result = run(REGISTRY[method], pair, data, _config(p, pair, seed), own)
+        model, spent, layers = result.student, result.cost, result.layers
+    answers = {task: answer(p, pair, model, task, split=split)} if split else {}
+    for other in asked[1:]:
+        answers[other] = answer(p, pair, model, other, limit=others)
+    made = {
+        "key": key, "task": task, "method": method, "variant": variant, "seed": seed, "layers": list(layers),
+        "answers": answers, "validation": compare(p, pair, model, data, Path(folder, "supervision")), "cost": spent,
+    }  # fmt: skip
+    write_text(path, json.dumps(made) + "\n")
+    return made
+
+
+def trial_key(p: Profile, tasks: Sequence[str], method: str, seed: int, *rest: Any) -> str:
+    """sha256 over the settings that count, the trial's own, and the code and data that make it.
+
+    ``tasks`` are the trained one and then the others that are asked.
+    """
+    settings = p.model_dump(mode="json", include=set(TrialSettings.model_fields))
+    settings["lr"] = rate(p, method)
+    settings["protocols"] = {task: p.protocol(task) for task in tasks}
+    own = [p.hyperparameters.get(method), method, seed, *rest, code_key(method, tuple(tasks)), p.data]
+    told = json.dumps([settings, list(tasks), *own, _data_key() if p.data == "classroom" else ""], default=_fingerprint)
+    return hashlib.sha256(told.encode()).hexdigest()
+
+
+@cache
+def code_key(method: str = "", tasks: tuple[str, ...] = ()) -> str:
+    """sha256 over the code that a trial of ``method`` on ``tasks`` depends on: the version of its numbers.
+
+    It covers what this module imports, and what the method's own file does; of the tables of methods and benchmarks,
+    the rows that are used. Comments, docstrings and the looks of a row do not count. Without a method, all of them.
+    """
+    methods = [method] if method in REGISTRY else list(REGISTRY) if not method else []
+    digest = hashlib.sha256()
+    for name, path in sorted(_closure(methods, tasks).items()):
+        digest.update(f"{name} {_meaning(path, frozenset(methods))}".encode())
+    for path in sorted((PACKAGE / "benchmarks").rglob("*.yaml")):
+        if not tasks or path.name.startswith(("_", *tasks)):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+@cache
+def _data_key() -> str:
+    """sha256 over the classroom's tables and, by their manifest, its weights."""
+    files = sorted(p for p in (PACKAGE / "classroom").rglob("*") if p.suffix in (".json", ".csv"))
+    kept = [p for p in files if p.parent == PACKAGE / "classroom" or p.name == "manifest.json"]
+    return hashlib.sha256(b"".join(p.read_bytes() for p in kept)).hexdigest()
+
+
+def _closure(methods: Sequence[str], tasks: Sequence[str]) -> dict[str, Path]:
+    """The modules of this package that a trial runs, by name: found by following imports from this one."""
+    waiting = [__name__, *(_home(REGISTRY[m].transfer) for m in methods)]
+    waiting += [f"semalign.benchmarks.{task}" for task in tasks]
+    seen: dict[str, Path] = {}
+    while waiting:
+        name = waiting.pop()
+        path = PACKAGE.parent / Path(*name.split("."))
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        if name in seen or not path.exists():
+            continue
+        seen[name] = path
+        for node in ast.walk(_parsed(path)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("semalign"):
+                waiting += [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
+            elif isinstance(node, ast.Import):
+                waiting += [alias.name for alias in node.names if alias.name.startswith("semalign")]
+    return seen
+
+
+def _home(transfer: Any) -> str:
+    return str(getattr(transfer, "func", transfer).__module__)
+
+
+@cache
+def _parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
+def _meaning(path: Path, methods: frozenset[str]) -> str:
+    """What a module does, without comments and docstrings; of a table of methods, what the chosen rows run."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef):
+            node.body = [s for s in node.body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "METHODS":
+            rows = zip(getattr(node.value, "keys", ()), getattr(node.value, "values", ()), strict=True)
+            used = [(ast.dump(k), ast.dump(v.args[1])) for k, v in rows if k.value in methods]
+            node.value = ast.Constant(repr(sorted(used)))
+    return ast.dump(tree)
+
+
+def _fingerprint(value: Any) -> str:
+    return hashlib.sha256(value.numpy().tobytes()).hexdigest() if isinstance(value, torch.Tensor) else repr(value)
+
+
+def rate(p: Profile, method: str) -> float:
+    """The learning rate of a method: its own where one was chosen for it, else the profile's."""
+    return float(p.hyperparameters.get(method, {}).get("lr", p.lr))
+
+
+def grid(p: Profile, rates: Sequence[float], folder: str | Path) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Every method of the profile at every rate, on every task, under the first seed: method to rate to task to score.
+
+    The score is the share of the answers' tokens that are predicted on validation examples; None where the training
+    broke off. No test question is asked. Methods without a rate of the profile's are left out.
+    """
+
+    def score(method: str, lr: float, task: str) -> float | None:
+        changes, variant = {"lr": lr}, f"{lr:g}"
+        try:
+            one = run_trial(p, task, method, p.seeds[0], folder, changes=changes, split=None, variant=variant)
+        except DivergedError:
+            return None
+        return float(seen([one], "right").mean())
+
+    tuned = [method for method in p.methods if REGISTRY[method].tuned]
+    return {m: {f"{lr:g}": {t: score(m, lr, t) for t in p.tasks} for lr in rates} for m in tuned}
+
+
+def choose_rate(scores: Mapping[str, Mapping[str, float | None]]) -> float:
+    """The rate with the highest mean score over tasks, of those at which every task was trained to its end.
+
+    Raises:
+        ValueError: there is none.
+    """
+    means = {r: sum(filter(None, s.values())) / len(s) for r, s in scores.items() if None not in s.values()}
+    if not means:
+        raise ValueError(f"training broke off at every rate of {', '.join(scores)}: try lower ones")
+    return float(max(sorted(means, key=float), key=lambda r: means[r]))  # of equals the lowest
+
+
+def config_of(p: Profile, seed: int) -> TransferConfig:
+    """How the profile trains, the same for every method but its own hyperparameters; attribution chooses the layer.
+
+    No cache is shared between runs: each reports all that it needs.
+    """
+    return TransferConfig(
+        interface=p.interface, map=p.map, epochs=p.epochs, lr=p.lr, batch=p.batch_size,
+        micro_batch=p.eval_batch_size, max_length=p.max_length, seed=seed,
+    )  # fmt: skip
+
+
+def _config(p: Profile, pair: Pair, seed: int) -> TransferConfig:
+    if p.layer is None:
+        return config_of(p, seed)
+    depths = [len(decoder_layers(load())) for load in (pair.load_teacher, pair.load_student)]
+    return replace(config_of(p, seed), layers=(critical_pair(p.layer, *depths)[1],))
+
+
+def answer(
+    p: Profile, pair: Pair, model: Any, task: str, *, split: str = "test", limit: int | None = None
+) -> list[dict[str, Any]]:
+    """What ``model`` answers: ``id``, ``correct``, ``prediction`` (programs: why it failed), ``topic``, ``known``."""
+    asked = questions(p, task, split, limit)
+    records, _ = benchmarks.evaluate(
+        model, pair.tokenizer, task, asked, protocol=p.protocol(task), batch_size=p.eval_batch_size,
+        max_new_tokens=p.max_new_tokens, allow_code_execution=p.allow_code_execution, isolation=p.isolation,
+    )  # fmt: skip
+    names = {"mmlu": "prediction", "gsm8k": "flexible"}
+    return [
+        {"id": r["id"], "correct": r["correct"], "prediction": r[names[task]] if task in names else r["reasons"][0]}
+        for r in records
+    ]
+
+
+@torch.no_grad()
+def compare(p: Profile, pair: Pair, model: Any, data: TaskData, cache: Path) -> dict[str, list[float]]:
+    """Means over each validation example's supervised positions: see :func:`run_trial`."""
+    encoded = encode(pair.tokenizer, data.validation, max_length=p.max_length)
+    vocabulary = len(model.get_output_embeddings().weight)
+    teacher = pair.load_teacher().eval()
+    vocabulary = min(vocabulary, len(teacher.get_output_embeddings().weight))
+    top = SupervisionCache.build(cache, teacher, encoded, (), top_k=min(64, vocabulary), vocabulary=vocabulary)
+    del teacher
+    read = analysis.read_out(model, encoded, batch=p.eval_batch_size, teacher=top, vocabulary=vocabulary)
+    example = read.pop("example")
+    return {n: analysis.by_example(read[n].double(), example).tolist() for n in ("loss", "right", "kl", "agree")}
+
+
+def right(trials: Sequence[Mapping[str, Any]], task: str) -> torch.Tensor:
+    """Correct (1.0) or not, (trials, questions), of trials that answered the same questions."""
+    return torch.tensor([[a["correct"] for a in t["answers"][task]] for t in trials], dtype=torch.float64)
+
+
+def seen(trials: Sequence[Mapping[str, Any]], what: str) -> torch.Tensor:
+    """``loss``, ``right``, ``kl`` or ``agree``, (trials, examples), of trials that watched the same examples."""
+    return torch.tensor([t["validation"][what] for t in trials], dtype=torch.float64)
+
+
+def measured(trials: Sequence[Mapping[str, Any]], task: str, metric: str) -> torch.Tensor:
+    """(trials, items), more is better: ``answers`` right, answer ``tokens`` predicted, or the negative ``loss``."""
+    if metric == "answers":
+        return right(trials, task)
+    return seen(trials, "right") if metric == "tokens" else -seen(trials, "loss")

@@ -1,0 +1,69 @@
+"""The search: equal, seeded, different draws that can all be trained, and a control that drops the states alone."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from semalign.alignment import transfer
+from semalign.models import load_pair
+from semalign.profiles import load_profile, parameters
+from semalign.study import search
+from semalign.study.trials import splits
+from semalign.training.config import TransferConfig
+
+
+@pytest.mark.parametrize("family", search.SPACES)
+def test_draws_are_different_seeded_and_grow_at_the_end(family: str) -> None:
+    found = search.draws(family, 20)
+    assert len(found) == 20 and all(found.count(one) == 1 for one in found)
+    assert search.draws(family, 7) == found[:7]
+    assert search.draws(family, 20, seed=1) != found
+    for one in found:
+        assert dataclasses.replace(TransferConfig(), **search.config(one))
+
+
+def test_only_the_third_family_reads_states() -> None:
+    weights = {f: {search.config(one)["layer_weight"] for one in search.draws(f, 20)} for f in search.SPACES}
+    assert weights["labels"] == weights["logits"] == {0.0}
+    assert min(weights["states"]) > 0
+    assert {search.config(one)["output_loss"] for one in search.draws("labels", 20)} == {"ce"}
+    assert "ce" not in {search.config(one)["output_loss"] for one in search.draws("logits", 20)}
+
+
+def test_without_states_changes_the_layer_term_alone() -> None:
+    for one in search.draws("states", 5):
+        changes = search.config(one)
+        left = search.without_states(changes)
+        assert {k for k in changes if changes[k] != left[k]} == {"layer_weight"} and left["layer_weight"] == 0.0
+
+
+def test_what_does_not_go_together_is_not_drawn() -> None:
+    found = [search.config(one) for one in search.draws("states", 200)]
+    assert not any(c.get("projection") and c["layer_loss"] == "fisher" for c in found)
+    labels = [search.config(one) for one in search.draws("labels", 30)]
+    assert not any(c.get("adapters") and c.get("trained") == "layer" for c in labels)
+
+
+def test_more_than_there_are_and_unknown_families_are_refused() -> None:
+    with pytest.raises(ValueError, match="fewer than 1000 configurations"):
+        search.draws("labels", 1000)
+    with pytest.raises(ValueError, match="unknown family 'magic': the families are labels, logits, states"):
+        search.draws("magic", 1)
+
+
+def test_every_setting_of_the_states_trains() -> None:
+    """Each ingredient's settings in turn, the others at their first: none is refused by the trainer."""
+    settings = {**parameters(load_profile("smoke"))}
+    settings["sizes"] = {"train": 4, "align": 2, "extract": 2, "validation": 1, "test": 1}
+    pair = load_pair({n: settings[n] for n in ("teacher", "student", "device", "dtype")})
+    data = splits(settings, "mmlu")
+    base = TransferConfig(epochs=1, batch=4, micro_batch=4, max_length=320)
+    space = search.SPACES["states"]
+    first = {ingredient: choices[0] for ingredient, choices in space.items()}
+    for ingredient in set(space) - {"rate", "states"}:
+        for choice in space[ingredient][1:]:
+            one = {**first, ingredient: choice}
+            assert search.possible(one)
+            assert transfer(pair, data, dataclasses.replace(base, **search.config(one))).trained

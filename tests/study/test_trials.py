@@ -1,0 +1,145 @@
+"""Trials: the file of a run holds what the run did, is made once, and is made again when anything in it changes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from semalign import alignment
+from semalign.models import load_pair
+from semalign.profiles import load_profile, parameters
+from semalign.study import trials
+
+
+def settings(**changes: Any) -> dict[str, Any]:
+    small = {"sizes": {"train": 4, "align": 2, "extract": 2, "validation": 3, "test": 3}, "max_new_tokens": 4}
+    return {**parameters(load_profile("smoke")), **small, **changes}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("trials")
+    yield folder, trials.run_trial(settings(), "gsm8k", "sft", 0, folder, others=2)
+
+
+def test_a_trial_answers_its_own_questions_and_some_of_the_others(made: tuple[Path, dict[str, Any]]) -> None:
+    folder, found = made
+    assert {t: len(a) for t, a in found["answers"].items()} == {"gsm8k": 3, "mmlu": 2, "humaneval": 2, "mbpp": 2}
+    assert all(set(a) == {"id", "correct", "prediction"} for rows in found["answers"].values() for a in rows)
+    assert {n: len(v) for n, v in found["validation"].items()} == {"loss": 3, "right": 3, "kl": 3, "agree": 3}
+    assert json.loads((folder / "gsm8k" / "sft-0.json").read_text()) == found
+
+
+def test_a_trial_is_read_when_it_is_there_and_made_again_when_a_setting_changes(
+    made: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, found = made
+
+    def forbidden(*_: Any, **__: Any) -> None:
+        raise AssertionError("it trained")
+
+    monkeypatch.setattr(alignment, "transfer", forbidden)
+    assert trials.run_trial(settings(), "gsm8k", "sft", 0, folder, others=2) == found
+    assert trials.run_trial(settings(methods=["none"]), "gsm8k", "sft", 0, folder, others=2) == found  # of no account
+    for changes in ({"lr": 1e-4}, {"epochs": 2}, {"sizes": {**settings()["sizes"], "train": 3}}):
+        with pytest.raises(AssertionError, match="it trained"):
+            trials.run_trial(settings(**changes), "gsm8k", "sft", 0, folder, others=2)
+    with pytest.raises(AssertionError, match="it trained"):
+        trials.run_trial(settings(), "gsm8k", "sft", 0, folder, others=2, changes={"lr": 1e-4})
+
+
+def test_a_rate_of_its_own_counts_for_its_method_alone() -> None:
+    own = settings(lrs={"sft": 1e-2})
+    assert (trials.rate(own, "sft"), trials.rate(own, "semalign")) == (1e-2, own["lr"])
+    key = trials.trial_key
+    assert key(own, "gsm8k", "sft", 0) != key(settings(), "gsm8k", "sft", 0) == key(settings(lrs={}), "gsm8k", "sft", 0)
+    assert key(own, "gsm8k", "semalign", 0) == key(settings(), "gsm8k", "semalign", 0)
+
+
+def test_a_grid_asks_no_question_and_leaves_out_what_has_no_rate(tmp_path: Path) -> None:
+    chosen = settings(methods=["none", "sft", "laten"], tasks=["gsm8k"])
+    found = trials.grid(chosen, (1e-3, 1e-1), tmp_path)
+    assert set(found) == {"sft"} and set(found["sft"]) == {"0.001", "0.1"}
+    assert all(0 <= scores["gsm8k"] <= 1 for scores in found["sft"].values())
+    files = [json.loads(p.read_text()) for p in tmp_path.glob("gsm8k/*.json")]
+    assert len(files) == 2 and all(f["answers"] == {} for f in files)
+    losses = [sum(f["validation"]["loss"]) for f in files]
+    assert losses[0] != losses[1]
+
+
+def test_the_rate_with_the_best_mean_is_chosen_and_a_broken_one_never() -> None:
+    scores = {"0.1": {"a": 0.9, "b": None}, "0.01": {"a": 0.5, "b": 0.7}, "0.001": {"a": 0.8, "b": 0.4}}
+    assert trials.choose_rate(scores) == 0.001  # of equals the lowest
+    assert trials.choose_rate({**scores, "1": {"a": 0.7, "b": 0.7}}) == 1.0
+    with pytest.raises(ValueError, match=r"broke off at every rate of 0\.1: try lower ones"):
+        trials.choose_rate({"0.1": scores["0.1"]})
+
+
+def test_the_teacher_agrees_with_itself(tmp_path: Path) -> None:
+    found = trials.run_trial(settings(), "mmlu", trials.TEACHER, 0, tmp_path)
+    assert found["validation"]["agree"] == [1.0] * 3
+    assert max(found["validation"]["kl"]) < 1e-3  # its distribution is kept in float16
+    assert set(found["cost"].values()) - {found["cost"]["peak_memory_bytes"]} == {0.0}
+
+
+def test_the_answers_are_those_of_the_trained_student(tmp_path: Path) -> None:
+    chosen = settings(lr=0.1)
+    trained = trials.run_trial(chosen, "mmlu", "sft", 0, tmp_path)
+    plain = trials.run_trial(chosen, "mmlu", "none", 0, tmp_path)
+    assert torch.tensor(trained["validation"]["loss"]).mean() < torch.tensor(plain["validation"]["loss"]).mean() - 0.3
+    pair = load_pair({n: chosen[n] for n in ("teacher", "student", "device", "dtype")})
+    again = trials.answer(chosen, pair, pair.load_student().eval(), "mmlu")
+    assert again == plain["answers"]["mmlu"]
+
+
+def test_questions_are_the_same_for_everybody_and_follow_the_split() -> None:
+    first, again = (trials.questions(settings(), "gsm8k") for _ in range(2))
+    assert first == again and len(first) == 3
+    held = {q["question"] for q in trials.questions(settings(), "gsm8k", "validation", limit=300)}
+    assert not held & {q["question"] for q in trials.questions(settings(), "gsm8k", limit=500)}
+
+
+def test_right_stacks_trials_of_the_same_questions(made: tuple[Path, dict[str, Any]]) -> None:
+    assert trials.right([made[1], made[1]], "gsm8k").shape == (2, 3)
+
+
+def test_an_unknown_method_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="unknown method 'magic': the methods are teacher, none, sft"):
+        trials.run_trial(settings(), "gsm8k", "magic", 0, tmp_path)
+
+
+def test_a_layer_of_the_profile_is_the_teachers() -> None:
+    pair = load_pair({n: settings()[n] for n in ("teacher", "student", "device", "dtype")})
+    for layer, k in ((1, 1), (2, 2), (4, 3)):  # 4 teacher and 3 student layers
+        assert trials._config(settings(layer=layer), pair, "semalign", 0).layers == (k,)
+
+
+def test_only_what_draws_nothing_runs_under_one_seed() -> None:
+    assert list(trials.seeds_of("sft", [3, 5])) == [3, 5]
+    assert list(trials.seeds_of("none", [3, 5])) == list(trials.seeds_of(trials.TEACHER, [3, 5])) == [3]
+
+
+def test_the_test_split_is_watched_on_request_alone(tmp_path: Path) -> None:
+    chosen = settings(sizes={**settings()["sizes"], "test": 2})
+    usual, final = (trials.splits(chosen, "gsm8k", watched) for watched in ("validation", "test"))
+    assert (len(usual.validation), len(final.validation)) == (3, 2)
+    assert usual.train == final.train
+    asked = [q["question"] for q in trials.questions(chosen, "gsm8k", limit=None)]
+    whole = trials.splits({**chosen, "sizes": {**chosen["sizes"], "test": None}}, "gsm8k", "test").validation
+    assert all(any(question in example.prompt for example in whole) for question in asked)
+    assert not any(example in whole for example in usual.validation)
+    paths = [trials.run_trial(chosen, "gsm8k", "none", 0, tmp_path, watched=w) for w in ("validation", "test")]
+    assert [len(found["validation"]["loss"]) for found in paths] == [3, 2]
+
+
+def test_every_metric_is_read_so_that_more_is_better() -> None:
+    seen = {"loss": [1.0, 2.0], "right": [0.5, 0.7], "kl": [0.1, 0.2], "agree": [0.0, 1.0]}
+    trial = {"answers": {"gsm8k": [{"correct": 1.0}, {"correct": 0.0}]}, "validation": seen}
+    assert trials.measured([trial], "gsm8k", "answers").tolist() == [[1.0, 0.0]]
+    assert trials.measured([trial], "gsm8k", "tokens").tolist() == [[0.5, 0.7]]
+    assert trials.measured([trial, trial], "gsm8k", "loss").tolist() == [[-1.0, -2.0]] * 2
