@@ -65,7 +65,8 @@ def splits(p: Profile, task: str, watched: str = "validation") -> TaskData:
 def questions(p: Profile, task: str, split: str = "test", limit: int | None = None) -> list[Row]:
     """The questions of a task in its benchmark's format: the same ``limit`` of them for every method and seed."""
     limit = p.sizes.test if limit is None else limit
-    source = [dict(i.record) for i in classroom.items(task, split)] if p.data == "classroom" else None
+    items = classroom.items(task, split) if p.data == "classroom" else ()
+    source = [{**i.record, "topic": i.topic, "known": i.known} for i in items] or None
     return sample(benchmarks.load_items(task, source, split), limit, seed=0)
 
 
@@ -277,9 +278,13 @@ def answer(
     )  # fmt: skip
     names = {"mmlu": "prediction", "gsm8k": "flexible"}
     return [
-        {"id": r["id"], "correct": r["correct"], "prediction": r[names[task]] if task in names else r["reasons"][0]}
-        for r in records
-    ]
+        {
+            "id": r["id"], "correct": r["correct"],
+            "prediction": r[names[task]] if task in names else r["reasons"][0],
+            "topic": row.get("topic", row.get("subject", "")), "known": row.get("known", ""),
+        }
+        for r, row in zip(records, asked, strict=True)
+    ]  # fmt: skip
 
 
 @torch.no_grad()
