@@ -4,8 +4,8 @@
 #
 # A notebook's metrics file is the output that Snakemake tracks. The executed notebook is declared as the log,
 # because Snakemake deletes the outputs of a failed job and keeps its log: the copy with the traceback.
-# What decides whether something runs again is the digest beside each finished file, which is compared here: not
-# modification times, nor Snakemake's own memory, so that a finished folder can be handed to somebody else.
+# What decides whether something runs again is the digest beside each finished file, which is in a name and so an output:
+# not modification times, nor Snakemake's own memory, so that a finished folder can be handed to somebody else.
 import os
 import sys
 from pathlib import Path
@@ -21,7 +21,9 @@ CHOSEN = load_profile(PROFILE)
 chapters.preflight(CHOSEN)
 RESULTS = Path(str(config.get("results", f"results/{CHOSEN.name}"))).as_posix()
 RUN = chapters.chapters_of(CHOSEN)
-STALE = chapters.stale(CHOSEN, Path(RESULTS))
+DIGESTS = chapters.digests(CHOSEN)
+TRIAL_DIGEST = chapters.run_digest(CHOSEN)
+chapters.adopt(CHOSEN, Path(RESULTS))
 GPU = int(CHOSEN.device != "cpu")  # jobs that share a GPU run one after another
 # The small models of a CPU profile gain nothing from a second thread: notebooks run side by side instead.
 THREADS = (workflow.cores or 1) if GPU else 1
@@ -30,16 +32,16 @@ PYTHON = config.get("python", sys.executable)
 os.environ["SEMALIGN_PIPELINE_PID"] = str(os.getpid())
 
 
-def marker(name):
-    """What makes a stale file's job run again: an input that is made anew."""
-    return [f"{RESULTS}/.stale/{name}"] if name in STALE else []
+def made(name):
+    """The file whose name says what a notebook's numbers were made from; its age says nothing."""
+    return f"{RESULTS}/metrics/{name}.json.{DIGESTS[name]}"
 
 
 onstart:
     lock(RESULTS)
 
 
-localrules: notebooks, book, stale
+localrules: notebooks, book
 
 
 wildcard_constraints:
@@ -50,8 +52,8 @@ wildcard_constraints:
 
 rule book:
     input:
-        expand("{folder}/metrics/{notebook}.json", folder=RESULTS, notebook=RUN),
-        the_book.book_sources(),
+        [ancient(made(name)) for name in RUN],
+        [ancient(path) for path in the_book.book_sources()],
     output:
         f"{RESULTS}/book/{the_book.book_digest(CHOSEN)}.built",
     params:
@@ -62,22 +64,14 @@ rule book:
 
 rule notebooks:
     input:
-        expand("{folder}/metrics/{notebook}.json", folder=RESULTS, notebook=RUN),
-
-
-rule stale:
-    output:
-        temp(f"{RESULTS}/.stale/{{name}}"),
-    shell:
-        "touch {output:q}"
+        [ancient(made(name)) for name in RUN],
 
 
 # A method on a task under a seed: the unit that a cluster runs side by side.
 rule trial:
-    input:
-        lambda w: marker(f"{w.task}/{w.method}-{w.seed}.json"),
     output:
         f"{RESULTS}/artefacts/trials/{{task}}/{{method}}-{{seed}}.json",
+        f"{RESULTS}/artefacts/trials/{{task}}/{{method}}-{{seed}}.json.{TRIAL_DIGEST}",
     params:
         profile=PROFILE, results=RESULTS, python=PYTHON,
     threads: 1
@@ -96,11 +90,11 @@ for name in RUN:
         name:
             f"notebook_{name}"
         input:
-            [f"{RESULTS}/metrics/{before}.json" for before in RUN[name].reads],
-            [f"{RESULTS}/artefacts/trials/{path}" for path in chapters.trials_of(CHOSEN, name)],
-            marker(name),
+            [ancient(made(before)) for before in RUN[name].reads],
+            [ancient(f"{RESULTS}/artefacts/trials/{path}.{TRIAL_DIGEST}") for path in chapters.trials_of(CHOSEN, name)],
         output:
             f"{RESULTS}/metrics/{name}.json",
+            made(name),
         log:
             f"{RESULTS}/notebooks/{name}.ipynb",
         params:

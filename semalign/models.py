@@ -60,7 +60,7 @@ def load_pair(profile: TrialSettings | str | Path) -> Pair:
     p = profile if isinstance(profile, TrialSettings) else load_profile(profile)
     teacher, student = _open(p.teacher), _open(p.student)
     _check_vocabularies(teacher, student)
-    name = f"{teacher.label} to {student.label}"
+    name = getattr(p, "name", "") or f"{teacher.label} to {student.label}"
     place = {"device": p.device, "dtype": p.dtype}
     return Pair(name, partial(_load, teacher, **place), partial(_load, student, **place), student.tokenizer)
 

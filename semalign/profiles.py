@@ -270,6 +270,8 @@ def load_profile(name_or_path: str | Path, folder: Path = FOLDER, **changes: Any
         raise ProfileError(f"profile {path.name} is not yaml: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ProfileError(f"profile {path.name}: the file holds {type(content).__name__} and no keys with values")
+    if "name" in content:
+        raise ProfileError(f"profile {path.name}: the name is the file's: take the key 'name' out")
     content = _merged(content, changes)
     named = [content.get(k) for k in ("teacher", "student", "smaller_student", "semantics_model")]
     teachers = content.get("fine_tuned_teachers")

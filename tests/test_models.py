@@ -23,9 +23,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from semalign import models, packaged
+from semalign.lm import parts
 from semalign.lm.parts import fingerprint
 from semalign.models import ModelUnavailable, VocabularyMismatch, byte_tokenizer, load_model, load_pair
-from semalign.profiles import Profile, load_profile
+from semalign.profiles import TrialSettings, load_profile, source_of
 
 SIZES: dict[str, Any] = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -69,11 +70,11 @@ def tap(module: torch.nn.Module, seen: dict[str, Tensor], name: str) -> None:
 
 @torch.no_grad()
 def test_sublayer_outputs_are_what_a_layer_adds_to_the_stream(model: PreTrainedModel) -> None:
-    layers, seen = models.decoder_layers(model), {}
+    layers, seen = parts.decoder_layers(model), {}
     assert len(layers) == 3
     for k, layer in enumerate(layers, start=1):
         tap(layer, seen, f"layer{k}")
-        for name, module in zip(("attention", "mlp"), models.sublayers(layer), strict=True):
+        for name, module in zip(("attention", "mlp"), parts.sublayers(layer), strict=True):
             tap(module, seen, f"{name}{k}")
     model(torch.arange(3, 20)[None])
     for k in range(1, 4):
@@ -86,32 +87,32 @@ def test_sublayer_outputs_are_what_a_layer_adds_to_the_stream(model: PreTrainedM
 def test_final_norm_gain_and_head_make_the_logits(model: PreTrainedModel) -> None:
     """Logits rebuilt by hand from the last layer's output: normalise, multiply by the gain, apply the head."""
     seen: dict[str, Tensor] = {}
-    tap(models.decoder_layers(model)[-1], seen, "stream")
-    norm: Any = models.final_norm(model)
+    tap(parts.decoder_layers(model)[-1], seen, "stream")
+    norm: Any = parts.final_norm(model)
     logits = model(torch.arange(3, 20)[None]).logits
     h = seen["stream"]
     bias = getattr(norm, "bias", None)
     if bias is not None:
         h = h - h.mean(-1, keepdim=True)
-    state = h / h.square().mean(-1, keepdim=True).sqrt() * models.norm_gain(model) + (0 if bias is None else bias)
-    assert (models.norm_gain(model) < 0).any()
-    torch.testing.assert_close(state @ models.head_weight(model).T, logits, atol=2e-3, rtol=1e-3)
+    state = h / h.square().mean(-1, keepdim=True).sqrt() * parts.norm_gain(model) + (0 if bias is None else bias)
+    assert (parts.norm_gain(model) < 0).any()
+    torch.testing.assert_close(state @ parts.head_weight(model).T, logits, atol=2e-3, rtol=1e-3)
 
 
 def test_embeddings_and_head_are_one_matrix_only_where_they_are_tied() -> None:
     tied, untied = of_architecture("llama"), of_architecture("neox-parallel")
-    assert torch.equal(models.head_weight(tied), models.embedding_weight(tied))
-    assert not torch.equal(models.head_weight(untied), models.embedding_weight(untied))
-    assert models.head_weight(untied).shape == (61, 32) and not models.head_weight(untied).requires_grad
+    assert torch.equal(parts.head_weight(tied), parts.embedding_weight(tied))
+    assert not torch.equal(parts.head_weight(untied), parts.embedding_weight(untied))
+    assert parts.head_weight(untied).shape == (61, 32) and not parts.head_weight(untied).requires_grad
 
 
 def test_unknown_architecture_is_named() -> None:
     with pytest.raises(ValueError, match="no layer list found in a Plain"):
-        models.decoder_layers(Plain())
+        parts.decoder_layers(Plain())
     with pytest.raises(ValueError, match="no final norm found in a Plain"):
-        models.final_norm(Plain())
+        parts.final_norm(Plain())
     with pytest.raises(ValueError, match="no attention and MLP found in a Linear"):
-        models.sublayers(torch.nn.Linear(2, 2))
+        parts.sublayers(torch.nn.Linear(2, 2))
 
 
 class Plain(torch.nn.Module):
@@ -144,7 +145,7 @@ def test_smoke_pair_loads_lazily_and_the_same_every_time(monkeypatch: pytest.Mon
     assert fingerprint(teacher) == fingerprint(pair.load_teacher()) != fingerprint(student)
     assert (teacher.config.num_hidden_layers, student.config.num_hidden_layers) == (4, 3)
     assert teacher.config.hidden_size > student.config.hidden_size and not teacher.training
-    assert len(models.head_weight(teacher)) == len(models.head_weight(student)) == len(pair.tokenizer) == 259
+    assert len(parts.head_weight(teacher)) == len(parts.head_weight(student)) == len(pair.tokenizer) == 259
 
 
 def test_dtype_and_device_of_a_source(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,8 +184,8 @@ def folder_source(path: Path, edit: Callable[[Any], None] = lambda t: None, rows
     return {"source": "folder", "path": str(path)}
 
 
-def pair_of(teacher: dict[str, Any], student: dict[str, Any]) -> Profile:
-    return Profile("pair", "a pair", teacher, student, student, device="cpu")
+def pair_of(teacher: dict[str, Any], student: dict[str, Any]) -> TrialSettings:
+    return TrialSettings(teacher=source_of(teacher), student=source_of(student), device="cpu")
 
 
 def test_folder_gives_back_what_was_saved(tmp_path: Path) -> None:
@@ -243,7 +244,7 @@ def test_pico_models_come_from_the_classroom(monkeypatch: pytest.MonkeyPatch) ->
     classroom.load_pico = lambda name: asked.append(name) or (tiny_llama(vocab=259), byte_tokenizer())
     monkeypatch.setitem(sys.modules, "semalign.classroom", classroom)
     loaded, tokenizer = load_model({"source": "pico", "id": "pico-s"}, device="cpu")
-    assert set(asked) == {"pico-s"} and len(tokenizer) == len(models.head_weight(loaded))
+    assert set(asked) == {"pico-s"} and len(tokenizer) == len(parts.head_weight(loaded))
 
 
 ANSWERS = {"gated": (401, "GatedRepo"), "unknown": (404, "RepoNotFound"), "old": (404, "RevisionNotFound")}

@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all, making its folder: a reader sees the old text or the new one, never half."""
@@ -22,6 +20,8 @@ def write_text(path: Path, text: str) -> None:
 
 def save_tensors(path: Path, content: Any) -> None:
     """``torch.save``, whole or not at all."""
+    import torch  # here: what plans a run writes text alone, and must not wait for it
+
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         torch.save(content, partial)

@@ -13,7 +13,6 @@ from typing import Any
 
 import nbformat
 
-from semalign.lm.files import write_text
 from semalign.profiles import Profile, ProfileError, declared, load_profile
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -172,41 +171,31 @@ def digests(p: Profile) -> dict[str, str]:
 
 
 def stamp(output: Path, value: str) -> None:
-    """Say beside a finished file what it was made from."""
-    write_text(output.with_name(output.name + ".digest"), value + "\n")
+    """Say beside a finished file, in the name of an empty one, what it was made from."""
+    for old in output.parent.glob(f"{output.name}.*"):
+        old.unlink()
+    output.with_name(f"{output.name}.{value}").touch()
+
+
+def adopt(p: Profile, results: Path) -> None:
+    """Stamp the finished notebooks of a folder that was put together by hand, where their cells are those of today."""
+    for name, value in digests(p).items():
+        output = results / "metrics" / f"{name}.json"
+        if output.exists() and not any(output.parent.glob(f"{output.name}.*")) and _same_cells(results, name):
+            stamp(output, value)
 
 
 def stale(p: Profile, results: Path) -> set[str]:
-    """The notebooks and trials in ``results`` that were made from something else than what is there now.
-
-    Beside each finished file stands the digest that it was made from, so that a folder can be handed on. A notebook
-    without one (of a folder put together by hand) is judged by its cells alone.
-    """
-    old = {name for name, value in digests(p).items() if not _fresh(results, name, value)}
-    shared = run_digest(p)
-    for name in chapters_of(p):
-        for path in trials_of(p, name):
-            trial = results / "artefacts" / "trials" / path
-            if trial.exists() and _stamped(trial) != shared:
-                old.add(path)
-    return old
+    """The finished notebooks in ``results`` that were made from something else than what is there now."""
+    finished = {name: results / "metrics" / f"{name}.json" for name in chapters_of(p)}
+    values = digests(p)
+    fresh = {name for name, path in finished.items() if path.with_name(f"{path.name}.{values[name]}").exists()}
+    return {name for name, path in finished.items() if path.exists()} - fresh
 
 
-def _stamped(output: Path) -> str:
+def _same_cells(results: Path, name: str) -> bool:
     try:
-        return output.with_name(output.name + ".digest").read_text(encoding="utf-8").strip()
-    except OSError:
-        return ""
-
-
-def _fresh(results: Path, name: str, value: str) -> bool:
-    output, copy = results / "metrics" / f"{name}.json", results / "notebooks" / f"{name}.ipynb"
-    if not output.exists():
-        return True  # not stale but absent: it will run anyway
-    if made_from := _stamped(output):
-        return made_from == value
-    try:
-        made = cells_of(nbformat.read(copy, as_version=4))
+        made = cells_of(nbformat.read(results / "notebooks" / f"{name}.ipynb", as_version=4))
     except (OSError, ValueError):
         return False
     return made == cells_of(nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4))

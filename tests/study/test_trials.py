@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,13 +16,13 @@ import torch
 
 from semalign import alignment
 from semalign.models import load_pair
-from semalign.profiles import load_profile, parameters
+from semalign.profiles import Profile, load_profile
 from semalign.study import trials
 
 
-def settings(**changes: Any) -> dict[str, Any]:
-    small = {"sizes": {"train": 4, "align": 2, "extract": 2, "validation": 3, "test": 3}, "max_new_tokens": 4}
-    return {**parameters(load_profile("smoke")), **small, **changes}
+def settings(**changes: Any) -> Profile:
+    sizes = {"train": 4, "align": 2, "extract": 2, "validation": 3, "test": 3}
+    return load_profile("smoke", sizes=sizes, max_new_tokens=4).changed(**changes)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +34,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[
 def test_a_trial_answers_its_own_questions_and_some_of_the_others(made: tuple[Path, dict[str, Any]]) -> None:
     folder, found = made
     assert {t: len(a) for t, a in found["answers"].items()} == {"gsm8k": 3, "mmlu": 2, "humaneval": 2, "mbpp": 2}
-    assert all(set(a) == {"id", "correct", "prediction"} for rows in found["answers"].values() for a in rows)
+    assert all(
+        set(a) == {"id", "correct", "prediction", "topic", "known"} for rows in found["answers"].values() for a in rows
+    )
     assert {n: len(v) for n, v in found["validation"].items()} == {"loss": 3, "right": 3, "kl": 3, "agree": 3}
     assert json.loads((folder / "gsm8k" / "sft-0.json").read_text()) == found
 
@@ -46,7 +52,7 @@ def test_a_trial_is_read_when_it_is_there_and_made_again_when_a_setting_changes(
     monkeypatch.setattr(alignment, "transfer", forbidden)
     assert trials.run_trial(settings(), "gsm8k", "sft", 0, folder, others=2) == found
     assert trials.run_trial(settings(methods=["none"]), "gsm8k", "sft", 0, folder, others=2) == found  # of no account
-    for changes in ({"lr": 1e-4}, {"epochs": 2}, {"sizes": {**settings()["sizes"], "train": 3}}):
+    for changes in ({"lr": 1e-4}, {"epochs": 2}, {"sizes": {"train": 3}}):
         with pytest.raises(AssertionError, match="it trained"):
             trials.run_trial(settings(**changes), "gsm8k", "sft", 0, folder, others=2)
     with pytest.raises(AssertionError, match="it trained"):
@@ -54,11 +60,76 @@ def test_a_trial_is_read_when_it_is_there_and_made_again_when_a_setting_changes(
 
 
 def test_a_rate_of_its_own_counts_for_its_method_alone() -> None:
-    own = settings(lrs={"sft": 1e-2})
-    assert (trials.rate(own, "sft"), trials.rate(own, "semalign")) == (1e-2, own["lr"])
+    own = settings(hyperparameters={"sft": {"lr": 1e-2}})
+    assert (trials.rate(own, "sft"), trials.rate(own, "semalign")) == (1e-2, own.lr)
     key = trials.trial_key
-    assert key(own, "gsm8k", "sft", 0) != key(settings(), "gsm8k", "sft", 0) == key(settings(lrs={}), "gsm8k", "sft", 0)
-    assert key(own, "gsm8k", "semalign", 0) == key(settings(), "gsm8k", "semalign", 0)
+    assert key(own, ["gsm8k"], "sft", 0) != key(settings(), ["gsm8k"], "sft", 0)
+    assert key(own, ["gsm8k"], "semalign", 0) == key(settings(), ["gsm8k"], "semalign", 0)
+
+
+def test_hyperparameters_reach_the_method_and_wrong_ones_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs: list[Any] = []
+
+    def caught(_pair: Any, _data: Any, config: Any) -> None:
+        configs.append(config)
+        raise StopIteration
+
+    monkeypatch.setattr(alignment, "transfer", caught)
+    kept = settings(hyperparameters={"logit_kd": {"divergence": "jsd", "lora_rank": 2, "lr": 1e-2}})
+    with pytest.raises(StopIteration):
+        trials.run_trial(kept, "gsm8k", "logit_kd", 0, tmp_path)
+    assert (configs[0].output_loss, configs[0].lora_rank, configs[0].lr) == ("jsd", 2, 1e-2)
+    wrong = settings(hyperparameters={"sft": {"divergence": "jsd"}})
+    with pytest.raises(ValueError, match=r"'supervised LoRA' has no hyperparameter 'divergence'; it has adapters"):
+        trials.run_trial(wrong, "gsm8k", "sft", 0, tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ what a key covers
+
+
+def keys_after(root: Path) -> dict[str, str]:
+    """Keys of three methods and two tasks by the code of a copy of the package."""
+    code = (
+        "import json; from semalign.profiles import load_profile; from semalign.study.trials import trial_key; "
+        "p = load_profile('smoke'); print(json.dumps({f'{m} {t}': trial_key(p, [t], m, 0) "
+        "for m in ('sft', 'ted', 'laten') for t in ('gsm8k', 'mbpp')}))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout))
+
+
+def test_a_key_covers_the_import_closure_of_its_method_and_nothing_else(tmp_path: Path) -> None:
+    shutil.copytree(
+        trials.PACKAGE, tmp_path / "semalign", ignore=shutil.ignore_patterns("__pycache__", "*.safetensors")
+    )
+    (tmp_path / "notebooks").symlink_to(trials.PACKAGE.parent / "notebooks")
+    methods, before = tmp_path / "semalign/methods", keys_after(tmp_path)
+
+    def changed(path: Path, old: str, new: str) -> set[str]:
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new, 1))
+        now = keys_after(tmp_path)
+        path.write_text(text)
+        return {name for name in now if now[name] != before[name]}
+
+    assert changed(methods / "ted.py", "import gc\n", "import gc  # a comment\n") == set()
+    assert changed(methods / "ted.py", 'colour="#441166"', 'colour="#441167"') == set()
+    assert changed(methods / "ted.py", "import gc\n", "import gc\nMORE = 1\n") == {"ted gsm8k", "ted mbpp"}
+    assert changed(tmp_path / "semalign/benchmarks/mbpp.py", "BENCHMARK =", "MORE = 1\nBENCHMARK =") == {
+        "sft mbpp", "ted mbpp", "laten mbpp",
+    }  # fmt: skip
+    assert changed(tmp_path / "semalign/training/loop.py", "DIVERGED = 10.0", "DIVERGED = 11.0") == {
+        "sft gsm8k", "sft mbpp", "ted gsm8k", "ted mbpp",  # LaTen has a loop of its own
+    }  # fmt: skip
+    assert changed(tmp_path / "semalign/pairing.py", "import random\n", "import random\nMORE = 1\n") == set(before)
+    assert changed(tmp_path / "semalign/report.py", "import math\n", "import math\nMORE = 1\n") == set()
+    (methods / "mine.py").write_text("METHODS = {}\n")  # a new method
+    assert keys_after(tmp_path) == before
 
 
 def test_a_grid_asks_no_question_and_leaves_out_what_has_no_rate(tmp_path: Path) -> None:
@@ -92,7 +163,7 @@ def test_the_answers_are_those_of_the_trained_student(tmp_path: Path) -> None:
     trained = trials.run_trial(chosen, "mmlu", "sft", 0, tmp_path)
     plain = trials.run_trial(chosen, "mmlu", "none", 0, tmp_path)
     assert torch.tensor(trained["validation"]["loss"]).mean() < torch.tensor(plain["validation"]["loss"]).mean() - 0.3
-    pair = load_pair({n: chosen[n] for n in ("teacher", "student", "device", "dtype")})
+    pair = load_pair(chosen)
     again = trials.answer(chosen, pair, pair.load_student().eval(), "mmlu")
     assert again == plain["answers"]["mmlu"]
 
@@ -109,14 +180,14 @@ def test_right_stacks_trials_of_the_same_questions(made: tuple[Path, dict[str, A
 
 
 def test_an_unknown_method_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="unknown method 'magic': the methods are teacher, none, sft"):
+    with pytest.raises(ValueError, match="unknown method 'magic': the methods are teacher, "):
         trials.run_trial(settings(), "gsm8k", "magic", 0, tmp_path)
 
 
 def test_a_layer_of_the_profile_is_the_teachers() -> None:
-    pair = load_pair({n: settings()[n] for n in ("teacher", "student", "device", "dtype")})
+    pair = load_pair(settings())
     for layer, k in ((1, 1), (2, 2), (4, 3)):  # 4 teacher and 3 student layers
-        assert trials._config(settings(layer=layer), pair, "semalign", 0).layers == (k,)
+        assert trials._config(settings(layer=layer), pair, 0).layers == (k,)
 
 
 def test_only_what_draws_nothing_runs_under_one_seed() -> None:
@@ -125,12 +196,12 @@ def test_only_what_draws_nothing_runs_under_one_seed() -> None:
 
 
 def test_the_test_split_is_watched_on_request_alone(tmp_path: Path) -> None:
-    chosen = settings(sizes={**settings()["sizes"], "test": 2})
+    chosen = settings(sizes={"test": 2})
     usual, final = (trials.splits(chosen, "gsm8k", watched) for watched in ("validation", "test"))
     assert (len(usual.validation), len(final.validation)) == (3, 2)
     assert usual.train == final.train
     asked = [q["question"] for q in trials.questions(chosen, "gsm8k", limit=None)]
-    whole = trials.splits({**chosen, "sizes": {**chosen["sizes"], "test": None}}, "gsm8k", "test").validation
+    whole = trials.splits(chosen.changed(sizes={"test": None}), "gsm8k", "test").validation
     assert all(any(question in example.prompt for example in whole) for question in asked)
     assert not any(example in whole for example in usual.validation)
     paths = [trials.run_trial(chosen, "gsm8k", "none", 0, tmp_path, watched=w) for w in ("validation", "test")]
