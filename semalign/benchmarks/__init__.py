@@ -1,7 +1,7 @@
-"""The four benchmarks, real and classroom, through one door: :func:`evaluate`.
+"""The benchmarks, real and classroom, through one door: :func:`evaluate`.
 
-lm-evaluation-harness builds the requests from the task definitions in ``tasks/`` and asks the model, with any of its
-backends; answers are read and programs run here, and what became of every single question is kept.
+lm-evaluation-harness builds the requests from a benchmark's row and asks the model, with any of its backends; answers
+are read and programs run here, and what became of every single question is kept.
 """
 
 from __future__ import annotations
@@ -20,17 +20,22 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from semalign.benchmarks import answers, sandbox
-from semalign.benchmarks.data import TASKS, DataError, Row, load_items, overlap, sample, task_data
+from semalign.benchmarks.data import DataError, Row, as_datasets, load_items, overlap, sample, task_data
+from semalign.benchmarks.registry import BENCHMARKS, benchmark
 
-__all__ = ["PROTOCOLS", "DataError", "Evaluation", "Score", "evaluate", "load_items", "overlap", "task_data"]
+__all__ = [
+    "BENCHMARKS",
+    "PROTOCOLS",
+    "DataError",
+    "Evaluation",
+    "Score",
+    "evaluate",
+    "load_items",
+    "overlap",
+    "task_data",
+]
 
-PROTOCOLS = {
-    "mmlu": ("paper", "paper-cloze", "chat", "harness", "harness-cloze"),
-    "gsm8k": ("paper", "chat", "harness"),
-    "humaneval": ("paper", "chat", "harness"),
-    "mbpp": ("paper", "chat", "harness"),
-}
-CODE_TASKS = ("humaneval", "mbpp")
+PROTOCOLS = {task: tuple(row.protocols) for task, row in BENCHMARKS.items()}
 TIMEOUT_S = 10.0
 SAMPLING = {"do_sample": True, "temperature": 0.1, "top_p": 0.95}  # Open-Instruct's, for several samples a problem
 
@@ -71,10 +76,11 @@ def evaluate(
     Args:
         model: a transformers causal LM, or an instance of one of lm-evaluation-harness's backends (vLLM ...).
         tokenizer: its tokenizer.
-        task: ``mmlu``, ``gsm8k``, ``humaneval`` or ``mbpp``.
+        task: a name of ``BENCHMARKS``.
         data: see :func:`semalign.benchmarks.data.load_items`.
-        protocol: one of ``PROTOCOLS[task]``; they are described in :mod:`semalign.benchmarks.prompts`. GSM8K's value is
-            the last number (Open-Instruct) under ``paper`` and ``chat``, and the strict one under ``harness``.
+        protocol: one of the row's. ``paper``: LaTen's chat wrapper with the user turns of its training data, which are
+            Open-Instruct's (arXiv 2306.04751), and the beginning of the answer. ``chat``: the same turns in the
+            tokenizer's own chat template. ``harness``: lm-evaluation-harness's prompts.
         limit: how many questions, drawn by ``seed`` (MMLU's in proportion to the subjects); all for ``None``.
         seed: of the draw, and of sampling.
         batch_size: sequences in one forward pass.
@@ -93,24 +99,23 @@ def evaluate(
     with _quiet():
         lm = _backend(model, tokenizer, batch_size)
         asked = _ask(lm, items, task, protocol, samples, max_new_tokens, seed)
-    records = [_record(lm, item, one, task, protocol) for item, one in zip(items, asked, strict=True)]
-    if task in CODE_TASKS:
+        records = [_record(lm, item, one, task, protocol) for item, one in zip(items, asked, strict=True)]
+    if benchmark(task).programs:
         _run_code(records, items, task, isolation)
-    return Evaluation(records, _score(records, task, samples))
+    return Evaluation(records, _score(records, samples if benchmark(task).programs else None))
 
 
 def _check(
     tokenizer: PreTrainedTokenizerBase, task: str, protocol: str, samples: int, allowed: bool, isolation: str
 ) -> None:
-    if task not in TASKS:
-        raise ValueError(f"unknown task {task!r}; the tasks are {', '.join(TASKS)}")
-    if protocol not in PROTOCOLS[task]:
-        raise ValueError(f"unknown protocol {protocol!r} for {task}; it has {', '.join(PROTOCOLS[task])}")
+    asked = benchmark(task)
+    if protocol not in asked.protocols:
+        raise ValueError(f"unknown protocol {protocol!r} for {task}; it has {', '.join(asked.protocols)}")
     if protocol == "chat" and not tokenizer.chat_template:
         raise ValueError("the protocol 'chat' needs a tokenizer with a chat template; take 'paper' or 'harness'")
-    if samples < 1 or (samples > 1 and task not in CODE_TASKS):
-        raise ValueError(f"{task} takes {'at least 1 sample' if task in CODE_TASKS else '1 sample'}, not {samples}")
-    if task in CODE_TASKS:
+    if samples < 1 or (samples > 1 and not asked.programs):
+        raise ValueError(f"{task} takes {'at least 1 sample' if asked.programs else '1 sample'}, not {samples}")
+    if asked.programs:
         if not allowed:
             raise sandbox.SandboxError(
                 f"{task} runs programs that a model wrote: set allow_code_execution: true in the profile to allow it"
@@ -147,50 +152,59 @@ def _ask(
 ) -> list[dict[str, Any]]:
     """lm-evaluation-harness's own samples: the arguments and the responses of every question, in order."""
     from lm_eval import evaluator
-    from lm_eval.tasks import TaskManager
+    from lm_eval.api.task import ConfigurableTask
 
-    name = f"semalign_{task}_{protocol}"
-    folder = Path(__file__).parent / "tasks"
-    manager = TaskManager(include_path=str(folder), include_defaults=False, metadata={"task": task, "items": items})
-    loaded = manager.load([name])
-    definition: Any = loaded["tasks"][name]
+    definition: Any = ConfigurableTask(config=_definition(task, protocol, items))
     if definition.OUTPUT_TYPE == "generate_until":
         options = dict(definition.config.generation_kwargs)
         options["max_gen_toks"] = min(options["max_gen_toks"], max_new_tokens or options["max_gen_toks"])
         definition.set_config("generation_kwargs", options | (SAMPLING if samples > 1 else {}))
         definition.set_config("repeats", samples)
     torch.manual_seed(seed)
-    chat = protocol == "chat"
-    results: Any = evaluator.evaluate(lm, loaded, bootstrap_iters=0, apply_chat_template=chat)
+    name = definition.config.task
+    loaded: Any = {"tasks": {name: definition}, "groups": {}, "group_map": {}}
+    results: Any = evaluator.evaluate(lm, loaded, bootstrap_iters=0, apply_chat_template=protocol == "chat")
     return sorted(results["samples"][name], key=lambda s: s["doc_id"])
 
 
+def _definition(task: str, protocol: str, items: list[Row]) -> dict[str, Any]:
+    """A task of lm-evaluation-harness, zero-shot; its metric is a stand-in, answers are read here."""
+    row = benchmark(task)
+    settings = dict(row.protocols[protocol])
+    if protocol == "chat":
+        settings = {"doc_to_text": "user", "gen_prefix": row.opening, **settings}
+    if "generation_kwargs" in settings:
+        settings["generation_kwargs"] = {"do_sample": False, **settings["generation_kwargs"]}
+        kind, metric = "generate_until", {"metric": "bypass", "aggregation": "bypass", "higher_is_better": True}
+    else:
+        kind, metric = "multiple_choice", {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
+    return {
+        "task": f"semalign_{task}_{protocol}", "custom_dataset": as_datasets, "test_split": "test", "num_fewshot": 0,
+        "output_type": kind, "doc_to_target": "answer" if kind == "multiple_choice" else "id",
+        "metric_list": [metric], "metadata": {"task": task, "items": items}, **settings,
+    }  # fmt: skip
+
+
 def _record(lm: Any, item: Row, asked: dict[str, Any], task: str, protocol: str) -> dict[str, Any]:
-    """What was asked and answered; ``correct`` is 0 or 1, and set later where programs decide."""
+    """What was asked and answered. ``correct`` is set later where programs decide; a prompt that is too long has 0."""
     prompt = asked["arguments"][0][0]
     tokens = len(lm.tok_encode(prompt))
     record: dict[str, Any] = {"task": task, "protocol": protocol, "id": item["id"], "prompt_tokens": tokens}
-    if task == "mmlu":
+    given: list[Any]
+    if "generation_kwargs" in benchmark(task).protocols[protocol]:
+        given = list(asked["resps"][0])
+        # other backends than ours cut a prompt where it leaves no room for the longest answer
+        room = getattr(lm, "room", asked["arguments"][0][1]["max_gen_toks"])
+        record |= {"responses": given, "too_long": tokens + room > lm.max_length, "correct": 0.0}
+    else:
         scores = [float(response[0][0]) for response in asked["resps"]]
-        sizes = [len(continuation.encode()) for _, continuation in asked["arguments"]]
-        record |= {"subject": item["subject"], "answer": item["answer"], "scores": scores}
+        given = list(zip([choice for _, choice in asked["arguments"]], scores, strict=True))
+        record["scores"] = scores
         record["too_long"] = max(len(lm.tok_encode(p + c)) for p, c in asked["arguments"]) > lm.max_length
-        record["prediction"] = int(np.argmax(scores))
-        record["prediction_per_byte"] = int(np.argmax(np.array(scores) / sizes))
-        record["correct"] = float(not record["too_long"] and record["prediction"] == item["answer"])
-        return record
-    responses = list(asked["resps"][0])
-    # other backends than ours cut a prompt where it leaves no room for the longest answer
-    room = getattr(lm, "room", asked["arguments"][0][1]["max_gen_toks"])
-    record |= {"responses": responses, "too_long": tokens + room > lm.max_length, "correct": 0.0}
-    if task == "gsm8k":
-        gold = answers.gsm8k_gold(item["answer"])
-        read = {"strict": answers.strict_number(responses[0]), "flexible": answers.flexible_number(responses[0])}
-        for name, value in read.items():
-            record[name] = None if value is None else str(value)
-            record[f"correct_{name}"] = float(value == gold and not record["too_long"])
-        decisive = "strict" if protocol == "harness" else "flexible"
-        record |= {"answer": str(gold), "correct": record[f"correct_{decisive}"]}
+    judge = benchmark(task).judge
+    record |= judge(item, given, protocol) if judge else {}
+    if record["too_long"]:
+        record |= {name: 0.0 for name in record if name.startswith("correct")}
     return record
 
 
@@ -202,29 +216,27 @@ def _run_code(records: list[dict[str, Any]], items: list[Row], task: str, isolat
     ]
     outcomes = iter(sandbox.run_programs(programs, timeout_s=TIMEOUT_S, isolation=isolation))
     for record in records:
-        own = [next(outcomes) for _ in record["responses"]]
-        record["passed"] = [o.passed and not record["too_long"] for o in own]
-        record["reasons"] = [o.reason for o in own]
-        record["correct"] = sum(record["passed"]) / len(own)
+        of_record = [next(outcomes) for _ in record["responses"]]
+        record["passed"] = [o.passed and not record["too_long"] for o in of_record]
+        record["reasons"] = [o.reason for o in of_record]
+        record["prediction"] = record["reasons"][0]
+        record["correct"] = sum(record["passed"]) / len(of_record)
         record["isolation"] = sandbox.active_level()
 
 
-def _score(records: list[dict[str, Any]], task: str, samples: int) -> Score:
+def _score(records: list[dict[str, Any]], samples: int | None) -> Score:
+    """The mean; ``samples`` programs a question, None where answers are no programs."""
     values = np.array([r["correct"] for r in records])
     n = len(values)
-    other: dict[str, float] = {}
-    if task == "mmlu":
-        right = [r["prediction_per_byte"] == r["answer"] and not r["too_long"] for r in records]
-        other["per_byte"] = float(np.mean(right))
-    if task == "gsm8k":
-        other = {name: float(np.mean([r[f"correct_{name}"] for r in records])) for name in ("strict", "flexible")}
-    if task in CODE_TASKS:
+    readings = [name for name in records[0] if name.startswith("correct_")]
+    other = {name.removeprefix("correct_"): float(np.mean([r[name] for r in records])) for name in readings}
+    if samples is not None:
         passed = [sum(r["passed"]) for r in records]
         ks = [k for k in (1, 10, 100) if k <= samples]
-        other = {f"pass@{k}": float(np.mean([answers.pass_at_k(samples, c, k) for c in passed])) for k in ks}
+        other |= {f"pass@{k}": float(np.mean([answers.pass_at_k(samples, c, k) for c in passed])) for k in ks}
     return Score(
         value=float(values.mean()), stderr=float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan,
-        interval=wilson(float(values.mean()), n), n=n, step=1 / (n * samples),
+        interval=wilson(float(values.mean()), n), n=n, step=1 / (n * (samples or 1)),
         too_long=sum(r["too_long"] for r in records), other=other,
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Reading answers: the number in a worked solution, and the program in a generated text."""
+"""What several benchmarks read out of a generated text: a number, or the program in it; and pass@k."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ import re
 from decimal import Decimal
 from typing import Any
 
+CODE = "Here is the completed function:\n\n\n```python\n"
+"""How an answer begins that is a program."""
 # A minus is a sign where no operand stands before it: "5-3" holds 5 and 3.
 NUMBER = re.compile(
     r"(?:(?<![\w).%])[-−])?(?:[$€£]\s?[-−]?)?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
 )
-_STRICT = re.compile(rf"(?:####|answer\s+is:?)\s*[*_`\"(]*({NUMBER.pattern})", re.IGNORECASE)
+# A line that opens or closes a block of code: ```python, ``` Python, ```py, ``` and so on.
+_FENCE = re.compile(r"^[ \t]*`{3,}[ \t]*([\w+.-]*)[ \t]*\r?(?:\n|\Z)", re.MULTILINE)
+_END = re.compile(r"\r?\n```|\[DONE\]")
+_FUTURE = re.compile(r"^from[ \t]+__future__[ \t]+import[ \t]*(?:\([^)]*\)|[^\n#;]*)", re.MULTILINE)
 
 
 def number(text: str) -> Decimal | None:
@@ -20,45 +25,48 @@ def number(text: str) -> Decimal | None:
     return Decimal(digits) if re.fullmatch(r"-?(\d+(\.\d+)?|\.\d+)", digits) else None
 
 
-def strict_number(text: str) -> Decimal | None:
-    """The number after ``####`` or "the answer is", GSM8K's and Open-Instruct's own formats; the first such."""
-    found = _STRICT.search(text)
-    return number(found.group(1)) if found else None
-
-
-def flexible_number(text: str) -> Decimal | None:
+def last_number(text: str) -> Decimal | None:
     """The last number of the text."""
-    found = NUMBER.findall(text)
-    return number(found[-1]) if found else None
+    numbers = NUMBER.findall(text)
+    return number(numbers[-1]) if numbers else None
 
 
-def gsm8k_gold(answer: str) -> Decimal:
-    """The number behind ``####`` in a GSM8K answer.
+def code_of(text: str) -> str:
+    """The code of an answer whose prompt has opened a block of code, or that opens one (once more) at its beginning.
 
-    Raises:
-        ValueError: there is none.
+    It ends with its block, or with MBPP's ``[DONE]``. Of several blocks it is the first, if that one names a language;
+    else the first that defines a function, the first that names a language, or the first that is not empty.
     """
-    gold = number(answer.rsplit("####", 1)[-1]) if "####" in answer else None
-    if gold is None:
-        raise ValueError(f"a GSM8K answer ends with '#### NUMBER', this one does not: {answer[-60:]!r}")
-    return gold
+    fences = list(_FENCE.finditer(text)) if text.lstrip().startswith("```") else []
+    if fences:
+        ends = [fence.start() for fence in fences[1:]] + [len(text)]
+        blocks = [(fence[1], text[fence.end() : end]) for fence, end in zip(fences, ends, strict=True)]
+        wanted = [body for language, body in blocks[:1] if language]
+        wanted += [body for _, body in blocks if re.search(r"^(?:async )?def ", body, re.MULTILINE)]
+        wanted += [body for language, body in blocks if language] + [body for _, body in blocks if body.strip()]
+        text = next(iter(wanted), "")
+    return _END.split(text, maxsplit=1)[0]
+
+
+def hoisted(head: str, code: str) -> str:
+    """``head`` and then ``code``, whose ``from __future__`` imports go first, where alone they may stand."""
+    futures = "".join(f"{line.strip()}\n" for line in _FUTURE.findall(code))
+    return futures + head + (_FUTURE.sub("pass", code) if futures else code)
 
 
 def program(task: str, doc: dict[str, Any], generation: str) -> str:
-    """The complete program, solution and tests, that decides one HumanEval or MBPP generation.
+    """The complete program, solution and tests, that decides one answer to a benchmark of programs.
 
-    The solution alone has to compile first, so that it cannot reach into the tests by an open string or bracket.
+    The solution is compiled by itself, so that it cannot reach into the tests by an open string or bracket, and its
+    ``from __future__`` imports are its own.
     """
-    code = generation.split("```python\n", 1)[-1] if generation.lstrip().startswith("```") else generation
-    code = code.split("\n```", 1)[0].split("[DONE]", 1)[0]
-    if task == "mbpp":
-        tests = [doc.get("test_setup_code", ""), *doc["test_list"]]
-    else:
-        tests = [doc["test"], f"check({doc['entry_point']})"]
-        head = re.split(rf"^def {re.escape(doc['entry_point'])}\b", doc["prompt"], maxsplit=1, flags=re.MULTILINE)[0]
-        whole = re.search(rf"^(async )?def {re.escape(doc['entry_point'])}\b", code, re.MULTILINE)
-        code = (head if whole else doc["prompt"]) + code
-    return "\n".join([f"compile({code!r}, '<solution>', 'exec')", code, *tests])
+    from semalign.benchmarks.registry import benchmark  # whose rows import this module
+
+    row = benchmark(task)
+    if row.solution is None or row.tests is None:
+        raise ValueError(f"the answers of {task} are not programs")
+    code = row.solution(doc, code_of(generation))
+    return "\n".join([f"exec(compile({code!r}, '<solution>', 'exec'), globals())", *row.tests(doc)])
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:

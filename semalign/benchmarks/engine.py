@@ -6,6 +6,7 @@ not fit into the model's context is not cut: it is answered with nothing, and ``
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,7 +15,9 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, postprocess_generated_text
+from lm_eval.models.utils_hf import stop_sequences_criteria
 from torch import Tensor
+from transformers import GenerationConfig
 
 NOT_ASKED = -1e30  # log-probability where the request does not fit
 
@@ -24,10 +27,36 @@ class SharedPrefixLM(HFLM):
 
     room = 16  # tokens that an answer needs at least
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        whole, plain = (self.tokenizer.encode("a", add_special_tokens=add) for add in (True, False))
+        begins = [i for i in range(len(whole) - len(plain) + 1) if whole[i : i + len(plain)] == plain]
+        self._after = whole[begins[0] + len(plain) :] if begins else []  # what the tokenizer puts behind every text
+        self._after_text = self.tokenizer.decode(self._after)
+        vocabulary = self.model.get_input_embeddings().num_embeddings
+        inside = (i for i in (self.tokenizer.pad_token_id, self.eot_token_id) if i is not None and i < vocabulary)
+        self._pad_id, self._vocabulary = next(inside, 0), vocabulary
+
+    def tok_encode(self, string: str, *args: Any, **options: Any) -> list[int]:
+        """Token ids of a text that goes on: without the EOS that some tokenizers put behind every text.
+
+        Raises:
+            ValueError: a token that the model does not have.
+        """
+        ids = super().tok_encode(string, *args, **options)
+        if self._after and ids[-len(self._after) :] == self._after and not string.endswith(self._after_text):
+            ids = ids[: -len(self._after)]
+        if ids and max(ids) >= self._vocabulary:
+            raise ValueError(
+                f"the tokenizer writes token {max(ids)} and the model has {self._vocabulary}: they belong to different "
+                "models, or the model's embeddings have to be resized"
+            )
+        return ids
+
     def _pad(self, rows: Sequence[Sequence[int]], side: str) -> tuple[Tensor, Tensor]:
         """Rows of token ids as (B, T) with their mask (B, T)."""
         size = max(len(row) for row in rows)
-        ids = torch.full((len(rows), size), self.tokenizer.pad_token_id or 0, device=self.device)
+        ids = torch.full((len(rows), size), self._pad_id, device=self.device)
         mask = torch.zeros_like(ids)
         for i, row in enumerate(rows):
             where = slice(size - len(row), size) if side == "left" else slice(0, len(row))
@@ -86,10 +115,29 @@ class SharedPrefixLM(HFLM):
             until = handle_stop_sequences(options.pop("until", None), eos=eos)
             context, mask = self._pad([ids[i] for i in rows], "left")
             size = min(context.shape[1] + options.pop("max_gen_toks"), self.max_length)
-            out = self._model_generate(context=context, attention_mask=mask, stop=until, max_length=size, **options)
+            with self._no_settings():
+                out = self.model.generate(
+                    input_ids=context, attention_mask=mask, max_length=size, pad_token_id=self._pad_id,
+                    stopping_criteria=stop_sequences_criteria(self.tokenizer, until, *reversed(context.shape)),
+                    **options,
+                )  # fmt: skip
             for i, tokens in zip(rows, out[:, context.shape[1] :].tolist(), strict=True):
                 texts[i] = postprocess_generated_text(self.tok_decode(tokens), stop=until, think_end_token=None)
         return texts
+
+    @contextlib.contextmanager
+    def _no_settings(self) -> Iterator[None]:
+        """Nothing of the model's own ``generation_config`` but the tokens that begin and end a text.
+
+        ``generate`` reads all that is not given from there: a length, a penalty, a number of beams.
+        """
+        kept = self.model.generation_config
+        fresh = GenerationConfig(bos_token_id=kept.bos_token_id, eos_token_id=kept.eos_token_id)
+        self.model.generation_config = fresh
+        try:
+            yield
+        finally:
+            self.model.generation_config = kept
 
 
 def _batches(
@@ -115,5 +163,5 @@ def _score(logp: Tensor, wanted: list[list[int]]) -> tuple[Tensor, Tensor]:
     size = logp.shape[1]
     ids = torch.tensor([w + [0] * (size - len(w)) for w in wanted], device=logp.device)
     real = torch.tensor([[t < len(w) for t in range(size)] for w in wanted], device=logp.device)
-    found = logp.gather(2, ids.unsqueeze(2)).squeeze(2)
-    return (found * real).sum(1), ((logp.argmax(2) == ids) | ~real).all(1)
+    at_ids = logp.gather(2, ids.unsqueeze(2)).squeeze(2)
+    return (at_ids * real).sum(1), ((logp.argmax(2) == ids) | ~real).all(1)

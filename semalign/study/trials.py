@@ -276,11 +276,9 @@ def answer(
         model, pair.tokenizer, task, asked, protocol=p.protocol(task), batch_size=p.eval_batch_size,
         max_new_tokens=p.max_new_tokens, allow_code_execution=p.allow_code_execution, isolation=p.isolation,
     )  # fmt: skip
-    names = {"mmlu": "prediction", "gsm8k": "flexible"}
     return [
         {
-            "id": r["id"], "correct": r["correct"],
-            "prediction": r[names[task]] if task in names else r["reasons"][0],
+            "id": r["id"], "correct": r["correct"], "prediction": r["prediction"],
             "topic": row.get("topic", row.get("subject", "")), "known": row.get("known", ""),
         }
         for r, row in zip(records, asked, strict=True)

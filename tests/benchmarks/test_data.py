@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 from collections import Counter
 from pathlib import Path
@@ -10,19 +11,12 @@ from typing import Any
 
 import pytest
 
-from semalign.benchmarks.data import (
-    DataError,
-    contamination,
-    examples,
-    load_items,
-    overlap,
-    question,
-    read_jsonl,
-    sample,
-    task_data,
-)
-from semalign.benchmarks.prompts import user_turn, wrap
-from semalign.lm.examples import Example, TaskData
+from semalign.benchmarks import files
+from semalign.benchmarks.data import DataError, examples, load_items, read_jsonl, sample, task_data
+from semalign.benchmarks.mmlu import user
+from semalign.benchmarks.overlap import compared_text, contamination, overlap
+from semalign.benchmarks.registry import wrap
+from semalign.lm.examples import Example
 
 HEADER = ["question", "choice0", "choice1", "choice2", "choice3", "answer"]
 
@@ -165,7 +159,7 @@ def test_splits_have_the_papers_sizes_and_are_disjoint(folder: Path) -> None:
         assert data == task_data(task, folder, seed=1) != task_data(task, folder, seed=2)
         assert overlap(data, load_items(task, folder)) == []
     code = task_data("humaneval", folder)
-    assert (len(code.train), len(code.align), len(code.extract)) == (364, 80, 20)
+    assert (len(code.train), len(code.align), len(code.extract), len(code.validation)) == (318, 80, 20, 46)
     assert {len(p) for p in (task_data("mmlu", folder).align, task_data("mmlu", folder).extract)} == {6}
     with pytest.raises(DataError, match="too few"):
         write_jsonl(folder / "gsm8k" / "train.jsonl", [{"question": "q", "answer": "#### 1"}])
@@ -207,9 +201,9 @@ def test_latens_files_are_read_as_they_are(folder: Path) -> None:
     for name, n in (("train", 3), ("align", 2), ("extract", 1)):
         write_jsonl(folder / "laten" / "gsm" / f"gsm_{name}_split.jsonl", [turn] * n)
     data = task_data("gsm8k", folder)
-    assert data == TaskData(
-        "gsm8k", (Example(wrap("U"), "A"),) * 3, (Example(wrap("U"), "A"),) * 2, (Example(wrap("U"), "A"),)
-    )
+    example = Example(wrap("U"), "A")
+    assert (data.align, data.extract) == ((example,) * 2, (example,))
+    assert (data.train, data.validation) == ((example,) * 2, (example,))  # it has no validation split of its own
     write_jsonl(folder / "laten" / "gsm" / "gsm_align_split.jsonl", [turn, {"messages": []}])
     with pytest.raises(DataError, match="example 2 needs messages"):
         task_data("gsm8k", folder)
@@ -232,4 +226,169 @@ def test_contamination_finds_copies_and_not_boilerplate() -> None:
 
 def test_what_is_compared_is_the_question() -> None:
     doc = {"subject": "law", "question": "Who?", "choices": ["a", "b", "c", "d"]}
-    assert question(wrap(user_turn("mmlu", doc))) == "Who?"
+    assert compared_text(wrap(user(doc))) == "Who?"
+
+
+def test_a_benchmark_without_a_validation_split_still_validates(folder: Path) -> None:
+    for n in (6, 9, 30):
+        write_jsonl(folder / "gsm8k" / "train.jsonl", [{"question": f"q{i}", "answer": "#### 1"} for i in range(n)])
+        data = task_data("gsm8k", folder)
+        parts = [data.train, data.align, data.extract, data.validation]
+        assert all(parts) and len({e.prompt for part in parts for e in part}) == n
+    turn = {"messages": [{"role": "user", "content": "U"}, {"role": "assistant", "content": "A"}]}
+    for name in ("train", "align", "extract"):
+        write_jsonl(folder / "laten" / "mbpp" / f"mbpp_{name}_split.jsonl", [turn] * 40)
+    assert len(task_data("mbpp", folder).validation) == 4
+    write_jsonl(folder / "laten" / "mbpp" / "mbpp_validation_split.jsonl", [turn] * 3)
+    assert (len(task_data("mbpp", folder).train), len(task_data("mbpp", folder).validation)) == (40, 3)
+    (folder / "laten" / "mbpp" / "mbpp_validation_split.jsonl").unlink()
+    write_jsonl(folder / "laten" / "mbpp" / "mbpp_train_split.jsonl", [turn])
+    with pytest.raises(DataError, match="too few"):
+        task_data("mbpp", folder)
+    write_jsonl(folder / "laten" / "mbpp" / "mbpp_extract_split.jsonl", [])
+    with pytest.raises(DataError, match="no example"):
+        task_data("mbpp", folder)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "Degree of Q(sqrt(2), sqrt(3)) over Q?,0,4,2,3,1",
+        "Q,a,b,c,d,e,B",
+        "Q,a,b,c,d,1,B",
+        "Q,a,b,c,d,1,",
+        "Q,a,b,c,1",
+        "Q,a,b,c,d,AB",
+        "Q,a,b,c,d,",
+        "Q,a,b,c,d,4",
+        "Q,a,b,c,d,-1",
+        "Q,a,b,c,d,1.0",
+    ],
+)
+@pytest.mark.parametrize("header", [",".join(HEADER) + "\n", "Q0?,a,b,c,d,B\n"])
+def test_shifted_fields_are_refused_with_their_line(tmp_path: Path, header: str, line: str) -> None:
+    path = tmp_path / "mmlu" / "test" / "algebra_test.csv"
+    path.parent.mkdir(parents=True)
+    path.write_text(header + line + "\n")
+    with pytest.raises(DataError, match=r"algebra_test.csv:2 "):
+        load_items("mmlu", tmp_path)
+
+
+def test_csv_files_of_other_systems_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "mmlu" / "test" / "law_test.csv"
+    path.parent.mkdir(parents=True)
+    rows = 'Q1?,f,t,"u, and v",r,B\r\n\r\n"Q2\u2028\x0b?",f,t,u,r,D\r\n'
+    (path.parent / "._law_test.csv").write_bytes(b"\0\5\x16\7\xb0\0")
+    wanted = [("Q1?", 1), ("Q2\u2028\x0b?", 3)]
+    for text in (rows, ",".join(HEADER) + "\r\n" + rows):  # the original has no header
+        for mark in ("", "\ufeff"):
+            path.write_bytes((mark + text).encode())
+            assert [(i["question"], i["answer"]) for i in load_items("mmlu", tmp_path)] == wanted
+            assert {i["subject"] for i in load_items("mmlu", tmp_path)} == {"law"}
+    (tmp_path / "mmlu" / "val").mkdir()
+    (tmp_path / "mmlu" / "val" / "law_val.csv").write_text("Q?,f,t,u,r,A\n")
+    assert [i["subject"] for i in load_items("mmlu", tmp_path, "validation")] == ["law"]
+    path.write_bytes("Q1?,caf\u00e9,t,u,r,B\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"law_test.csv:1 is not UTF-8"):
+        load_items("mmlu", tmp_path)
+    path.write_bytes("question".encode("utf-16"))
+    with pytest.raises(DataError, match="is not UTF-8"):
+        load_items("mmlu", tmp_path)
+    path.write_text('Q1?,"open,t,u,r,B\nQ2?,f,t,u,r,B\n')
+    with pytest.raises(DataError, match=r"law_test.csv:\d is not csv"):
+        load_items("mmlu", tmp_path)
+
+
+def test_jsonl_files_of_other_systems_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "gsm8k" / "test.jsonl"
+    path.parent.mkdir()
+    row = '{"question": "Caf\u00e9?", "answer": "#### 7"}'
+    path.write_bytes(f"\ufeff{row}\r\n{row}\r\n".encode())
+    assert [i["question"] for i in load_items("gsm8k", tmp_path)] == ["Caf\u00e9?"] * 2
+    path.write_bytes(b"\n" + row.encode("latin-1"))
+    with pytest.raises(DataError, match=r"test.jsonl:2 is not UTF-8"):
+        load_items("gsm8k", tmp_path)
+    path.unlink()
+    packed = tmp_path / "gsm8k" / "test.jsonl.gz"
+    packed.write_bytes(gzip.compress(row.encode()))
+    assert len(load_items("gsm8k", tmp_path)) == 1
+    for damaged in (packed.read_bytes()[:-9], b"no archive", gzip.compress(row.encode())[:12] + b"\xff" * 40):
+        packed.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"test.jsonl.gz cannot be read"):
+            load_items("gsm8k", tmp_path)
+
+
+GOOD: dict[str, dict[str, Any]] = {
+    "mmlu": {"question": "q", "choices": ["a", "b", "c", "d"], "answer": 0},
+    "gsm8k": {"question": "q", "answer": "#### 1"},
+    "humaneval": {"task_id": "T/0", "prompt": "def f():\n", "entry_point": "f", "test": "def check(c): pass"},
+    "mbpp": {"task_id": 11, "text": "t", "code": "def f(): pass", "test_list": ["assert f() is None"]},
+}
+BAD: list[tuple[str, dict[str, Any]]] = [
+    ("mmlu", {"choices": "wxyz"}), ("mmlu", {"choices": {"a": 1, "b": 2, "c": 3, "d": 4}}), ("mmlu", {"answer": True}),
+    ("mmlu", {"choices": ["a", "b", "c", 4]}), ("mmlu", {"choices": ["a", "b", "c", None]}), ("mmlu", {"answer": "B"}),
+    ("mmlu", {"answer": 1.0}), ("mmlu", {"answer": -1}), ("mmlu", {"answer": None}), ("mmlu", {"question": None}),
+    ("mmlu", {"choices": None}), ("mmlu", {"choices": ["a"] * 5}), ("mmlu", {"subject": 3}),
+    ("mmlu", {"question": "\ud800"}), ("mmlu", {"choices": ["a", "b", "c", "\ud800"]}),
+    ("gsm8k", {"answer": 7}), ("gsm8k", {"answer": None}), ("gsm8k", {"answer": ["#### 7"]}),
+    ("gsm8k", {"question": 3}),
+    ("gsm8k", {"answer": "7"}), ("gsm8k", {"answer": "#### seven"}), ("gsm8k", {"question": {"text": "q"}}),
+    ("humaneval", {"entry_point": "f()"}), ("humaneval", {"entry_point": ""}), ("humaneval", {"test": ["assert f()"]}),
+    ("humaneval", {"prompt": None}), ("humaneval", {"canonical_solution": 3}), ("humaneval", {"task_id": None}),
+    ("mbpp", {"test_list": "assert f()"}), ("mbpp", {"test_list": [1]}), ("mbpp", {"code": None}),
+    ("mbpp", {"text": 1}),
+    ("mbpp", {"task_id": [1]}), ("mbpp", {"test_setup_code": 1}), ("mbpp", {"task_id": 1.5}),
+    ("mbpp", {"test_list": None}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("task", "change"), BAD)
+def test_rows_of_another_shape_are_refused(task: str, change: dict[str, Any]) -> None:
+    assert len(load_items(task, [GOOD[task]])) == 1
+    with pytest.raises(DataError, match="the given rows: question 2 "):
+        load_items(task, [GOOD[task], {**GOOD[task], **change}])
+
+
+@pytest.mark.parametrize("row", [None, 3, "question", ["question"]])
+def test_what_is_no_row_is_refused(row: Any) -> None:
+    with pytest.raises(DataError, match=r"question 1 is .* not a row"):
+        load_items("gsm8k", [row])
+
+
+def test_the_callers_rows_stay_as_they_are() -> None:
+    row = dict(GOOD["mmlu"])
+    load_items("mmlu", [row])
+    assert row == GOOD["mmlu"]
+
+
+def test_humanevals_own_file_name_is_known_and_others_are_not_passed_over(tmp_path: Path) -> None:
+    row = {**GOOD["humaneval"], "task_id": "Mine/0"}
+    place = tmp_path / "humaneval"
+    write_jsonl(place / "HumanEval.jsonl", [row])
+    assert [i["id"] for i in load_items("humaneval", tmp_path)] == ["Mine/0"]
+    (place / "HumanEval.jsonl").unlink()
+    (place / "HumanEval.jsonl.gz").write_bytes(gzip.compress(json.dumps(row).encode()))
+    assert [i["id"] for i in load_items("humaneval", tmp_path)] == ["Mine/0"]
+    (place / "HumanEval.jsonl.gz").rename(place / "mine.jsonl.gz")
+    with pytest.raises(DataError, match=r"has mine.jsonl.gz and neither"):
+        load_items("humaneval", tmp_path)
+
+
+def test_a_relative_folder_is_found_or_its_absolute_path_is_said(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setenv("SEMALIGN_DATA", folder.name)
+    assert len(load_items("gsm8k")) == 7 and len(task_data("gsm8k").train) == 1000
+    below = folder / "notebooks"
+    below.mkdir()
+    monkeypatch.chdir(below)
+    with pytest.raises(DataError, match=f"{below / folder.name} is no folder"):
+        load_items("gsm8k")
+    with pytest.raises(DataError, match=f"{below / folder.name} is no folder"):
+        task_data("mbpp")
+    monkeypatch.setattr(files, "_ROOT", folder.parent)  # the repository's
+    assert len(load_items("gsm8k")) == 7
+    (folder / "gsm8k" / "test.jsonl").unlink()
+    with pytest.raises(DataError, match=str(folder / "gsm8k" / "test.jsonl")):
+        load_items("gsm8k")

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +17,15 @@ import torch
 from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 from tiny import tiny_llama
+from tokenizers import processors
+from transformers import GenerationConfig
 
-from semalign.benchmarks import PROTOCOLS, DataError, Evaluation, _ask, _quiet, evaluate, wilson
+from semalign.benchmarks import BENCHMARKS, PROTOCOLS, DataError, Evaluation, _ask, _quiet, evaluate, wilson
 from semalign.benchmarks.data import load_items
 from semalign.benchmarks.engine import SharedPrefixLM
 from semalign.benchmarks.sandbox import SandboxError
 from semalign.models import byte_tokenizer
+from semalign.profiles import declared
 
 MMLU = [
     {"subject": ["plants", "rocks"][i % 2], "question": f"Which is number {i} of the long list{' of lists' * (i % 5)}?",
@@ -158,9 +165,11 @@ def test_strict_and_flexible_numbers_are_both_kept() -> None:
     lm = Known(True, ["So the answer is 1,200. Or 7?"])
     assert evaluate(lm, byte_tokenizer(), "gsm8k", GSM8K[:1], "paper").score.value == 0.0
     records, score = evaluate(lm, byte_tokenizer(), "gsm8k", GSM8K[:1], "harness")
-    assert score.value == 1.0 and score.other == {"strict": 1.0, "flexible": 0.0}
-    assert records[0]["strict"] == "1200" and records[0]["flexible"] == "7" and records[0]["answer"] == "1200"
+    assert score.value == 0.0 and score.other == {"strict": 0.0, "flexible": 0.0}  # no "#### 1200"
+    assert records[0]["strict"] is None and records[0]["flexible"] == "7" and records[0]["answer"] == "1200"
     assert math.isnan(score.stderr)
+    records, score = evaluate(lm, byte_tokenizer(), "gsm8k", GSM8K[:1], "chat")
+    assert score.value == 0.0 and score.other == {"flexible": 0.0, "stated": 1.0} and records[0]["stated"] == "1200"
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
@@ -240,7 +249,7 @@ def test_code_of_a_model_needs_permission() -> None:
 
 def test_bad_requests_are_refused() -> None:
     tokenizer = byte_tokenizer()
-    with pytest.raises(ValueError, match="unknown task 'triviaqa'; the tasks are mmlu"):
+    with pytest.raises(ValueError, match="unknown task 'triviaqa'; the tasks are gsm8k, humaneval, mbpp, mmlu"):
         evaluate(Known(True), tokenizer, "triviaqa")
     with pytest.raises(ValueError, match="unknown protocol 'cloze' for gsm8k"):
         evaluate(Known(True), tokenizer, "gsm8k", GSM8K, "cloze")
@@ -260,7 +269,136 @@ def test_wilson_interval_covers_as_it_says() -> None:
     assert wilson(0.0, 10) == pytest.approx((0.0, 3.841459 / 13.841459), abs=1e-6)
 
 
-def test_task_definitions_ship_with_the_package() -> None:
-    folder = Path(__file__).parents[1] / "semalign" / "benchmarks" / "tasks"
-    names = {path.stem for path in folder.glob("[!_]*.yaml")}
-    assert names == {f"{task}_{protocol}" for task, protocol in CASES}
+def answered(model: Any, tokenizer: Any, task: str) -> list[Any]:
+    records = evaluate(model, tokenizer, task, DATA[task][:3], "harness", max_new_tokens=6, batch_size=2).records
+    return [r.get("responses") or r["scores"] for r in records]
+
+
+def tokenizer_ending_in(*special: tuple[str, int]) -> Any:
+    tokenizer = byte_tokenizer()
+    text = "<s> $A " + " ".join(name for name, _ in special)
+    template = processors.TemplateProcessing(single=text, special_tokens=[("<s>", 1), *special])
+    tokenizer.backend_tokenizer.post_processor = template
+    return tokenizer
+
+
+@pytest.mark.parametrize("task", ["mmlu", "gsm8k"])
+@pytest.mark.parametrize("ending", [[("</s>", 2)], [("</s>", 2), ("<pad>", 0)]])
+def test_what_a_tokenizer_appends_is_not_asked(task: str, ending: list[tuple[str, int]]) -> None:
+    model = tiny_llama(vocab=259, max_position_embeddings=512)
+    assert answered(model, tokenizer_ending_in(*ending), task) == answered(model, byte_tokenizer(), task)
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {"max_new_tokens": 3}, {"max_length": 5}, {"min_new_tokens": 12}, {"repetition_penalty": 9.0}, {"max_time": 0.0},
+    {"no_repeat_ngram_size": 1}, {"num_beams": 2, "num_return_sequences": 2}, {"do_sample": True, "temperature": 3.0},
+    {"suppress_tokens": list(range(3, 200))}, {"bad_words_ids": [[i] for i in range(3, 200)]},
+    {"forced_eos_token_id": 2}, {"begin_suppress_tokens": list(range(200))},
+]  # fmt: skip
+
+
+def test_a_models_own_settings_do_not_leak_into_its_answers() -> None:
+    model = tiny_llama(n_layers=1, vocab=259, max_position_embeddings=512)
+    usual, plain = answered(model, byte_tokenizer(), "gsm8k"), model.generation_config
+    for settings in SETTINGS:
+        model.generation_config = kept = GenerationConfig(**{**plain.to_diff_dict(), **settings})
+        assert answered(model, byte_tokenizer(), "gsm8k") == usual, settings
+        assert model.generation_config is kept
+
+
+def test_a_model_may_have_several_ends_of_its_own() -> None:
+    model = tiny_llama(vocab=259, max_position_embeddings=512)
+    first = answered(model, byte_tokenizer(), "gsm8k")[0][0]
+    model.generation_config.eos_token_id = [2, byte_tokenizer()(first)["input_ids"][1]]
+    assert answered(model, byte_tokenizer(), "gsm8k")[0][0] in ("", first[:1])
+
+
+@pytest.mark.parametrize("task", ["mmlu", "gsm8k"])
+@pytest.mark.parametrize("pad", ["[PAD]", None])
+def test_a_padding_token_that_the_model_lacks_is_not_looked_up(task: str, pad: str | None) -> None:
+    model = tiny_llama(vocab=259, max_position_embeddings=512)
+    tokenizer = byte_tokenizer()
+    if pad:
+        tokenizer.add_special_tokens({"pad_token": pad})
+        assert tokenizer.pad_token_id == 259
+    else:
+        tokenizer.pad_token = None
+    np.testing.assert_equal(answered(model, tokenizer, task), answered(model, byte_tokenizer(), task))
+
+
+def test_tokens_that_the_model_lacks_are_refused_in_a_sentence() -> None:
+    with pytest.raises(ValueError, match="they belong to different models"):
+        answered(tiny_llama(vocab=97), byte_tokenizer(), "gsm8k")
+
+
+FIFTH = '''
+"""Capitals: one word each."""
+
+from functools import partial
+
+from semalign.benchmarks.registry import Benchmark, read_split
+
+BENCHMARK = Benchmark(
+    title="capitals",
+    protocols={
+        "paper": {"doc_to_text": "paper", "generation_kwargs": {"max_gen_toks": 8, "until": ["<|user|>"]}},
+        "chat": {"generation_kwargs": {"max_gen_toks": 8, "until": ["<|im_end|>"]}},
+    },
+    fields={"country": str, "capital": str},
+    user=lambda row: f"What is the capital of {row['country']}?",
+    opening="It is",
+    response=lambda row: f" {row['capital']}.",
+    judge=lambda row, answers, protocol: {
+        "prediction": answers[0].strip(), "answer": row["capital"], "correct": float(row["capital"] in answers[0]),
+    },
+    read=partial(read_split, "capitals"),
+)
+'''
+
+ASK = """
+import json
+from semalign import benchmarks, profiles
+from semalign.benchmarks import data, registry
+from semalign.models import byte_tokenizer
+from semalign.study import trials
+from tiny import tiny_llama
+
+records, score = benchmarks.evaluate(
+    tiny_llama(vocab=259, max_position_embeddings=512), byte_tokenizer(), "capitals", "mine", "chat", max_new_tokens=4
+)
+task = data.task_data("capitals", "mine")
+profile = profiles.load_profile("smoke", tasks=["capitals"], data="benchmarks", search={"tasks": []})
+print(json.dumps([
+    len(records), score.n, sorted(records[0]), list(benchmarks.PROTOCOLS["capitals"]), len(task.validation),
+    task.train[0].response, profile.tasks, profile.code_tasks, len(trials.code_key("sft", ("capitals",))),
+]))
+"""
+
+
+def test_a_new_benchmark_is_one_file(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    skip = shutil.ignore_patterns("weights", "__pycache__")
+    shutil.copytree(root / "semalign", tmp_path / "semalign", ignore=skip)
+    shutil.copytree(root / "notebooks" / "profiles", tmp_path / "notebooks" / "profiles")
+    (tmp_path / "semalign" / "classroom" / "weights").symlink_to(root / "semalign" / "classroom" / "weights")
+    (tmp_path / "semalign" / "benchmarks" / "capitals.py").write_text(FIFTH)
+    for split, n in (("test", 3), ("train", 12)):
+        path = tmp_path / "mine" / "capitals" / f"{split}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps({"country": f"{split}{i}", "capital": f"C{i}"}) + "\n" for i in range(n)))
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", ASK], cwd=tmp_path, text=True, capture_output=True,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{root / 'tests'}", "SEMALIGN_DATA": "mine"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    said = json.loads(run.stdout.splitlines()[-1])
+    keys = ["answer", "correct", "id", "prediction", "prompt_tokens", "protocol", "responses", "task", "too_long"]
+    assert said[:5] == [3, 3, keys, ["paper", "chat"], 1]
+    assert said[5].startswith("It is C") and said[6:] == [["capitals"], [], 64]
+
+
+def test_every_row_says_what_plans_read_in_literals() -> None:
+    for task, row in BENCHMARKS.items():
+        known = declared("benchmarks")[task]
+        assert known["title"] == row.title and known.get("programs", False) == row.programs
+        assert known["protocols"] == row.protocols and tuple(row.protocols) == PROTOCOLS[task]

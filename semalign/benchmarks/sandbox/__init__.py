@@ -44,120 +44,7 @@ _UID = 1_000_000  # root's programs run as users of their own from here on: the 
 _FLAGS = ("-s", "-S", "-P", "-B", "-X", "utf8", "-c")
 _ENV = {"PYTHONHASHSEED": "0"}  # sets are ordered alike in every run, so a verdict does not change
 
-# The first process of a sandbox loads common modules once and forks a process a program. That process calls nothing but
-# C functions held in local variables once the program has run: a Python function could have been replaced by the
-# program, and would then run at the driver's own stack depth.
-_DRIVER = r"""
-import _functools, _socket, _thread, posix, resource, sys, time
-import bisect, collections, copy, datetime, functools, heapq, itertools, math, random, re, string, typing
-
-def run(fd, uid, strict, roots):
-    read, write, leave, threads, sleep = posix.read, posix.write, posix._exit, _thread._count, time.sleep
-
-    def take(size):
-        parts = []
-        while size:
-            parts.append(read(fd, min(size, 1 << 20)) or leave(3))
-            size -= len(parts[-1])
-        return b"".join(parts)
-
-    _thread.start_new_thread(int, ())  # from its first thread on, a process enters system calls by another path
-    while threads():
-        sleep(0.0001)
-    if uid:
-        posix.setgroups([]); posix.setresgid(uid, uid, uid); posix.setresuid(uid, uid, uid)
-    token = take(16)
-    for pair in take(int.from_bytes(take(8), "big")).split(b","):
-        what, value = map(int, pair.split(b":"))
-        hard = resource.getrlimit(what)[1]
-        value = value if hard == -1 else hard if value == -1 else min(value, hard)
-        resource.setrlimit(what, (value, value))
-    source = take(int.from_bytes(take(8), "big")).decode("utf-8", "surrogatepass")
-    events = frozenset(('os.fork', 'os.forkpty', 'os.exec', 'os.posix_spawn', 'os.spawn', 'os.system', 'os.kill',
-        'os.killpg', 'subprocess.Popen', 'pty.spawn', 'signal.pthread_kill', 'gc.get_objects', 'gc.get_referrers',
-        'gc.get_referents', 'sys.settrace', 'sys.setprofile', 'sys._current_frames',
-        'sys.monitoring.register_callback', 'cpython._PySys_ClearAuditHooks', 'sqlite3.enable_load_extension',
-        'sqlite3.load_extension', 'sys.remote_exec'))
-    modules = ('_posixsubprocess', '_ctypes', '_testcapi', '_testinternalcapi', '_xxsubinterpreters', '_interpreters')
-    starts, text, kind = str.startswith, str, type
-
-    def inside(path):  # a real string without a way up, below a folder that may be read
-        return kind(path) is text and '..' not in path and starts(path, roots)
-
-    def refused(event, args):
-        if event in events or starts(event, ('ctypes.', 'socket.')):
-            return True
-        if event == 'import':
-            return args[0] in modules or (args[1] is not None and not inside(args[1]))
-        if not strict:
-            return False
-        if event == 'open':
-            return not (inside(args[0]) and args[2] & 0o1103 == 0)  # to read, not to create
-        if event in ('os.listdir', 'os.scandir'):
-            return not inside(args[0])
-        return starts(event, ('os.', 'shutil.'))
-
-    def guard(event, args, refused=refused, write=write, leave=leave):
-        try:
-            verdict = refused(event, args)
-        except BaseException:
-            verdict = True
-        if verdict:
-            write(2, b'\nrefused: ' + f'{event} {args[:1]}'[:200].encode())
-            leave(4)
-
-    stub = kind(sys)('_posixsubprocess')  # lets `import asyncio` work; starting a process does not
-    stub.fork_exec = None
-    sys.modules['_posixsubprocess'] = stub
-    join = "import sys\nt = sys.modules.get('threading')\nt and t._shutdown()"
-    sys.addaudithook(guard)
-    gate = iter(_functools.partial(read, fd, 1), b'')  # a C iterator: reads at the same stack depth every time
-    try:
-        write(fd, token)
-        for _ in gate:
-            exec(source, {})
-            exec(join, {})
-            while threads():
-                sleep(0.005)
-            write(fd, token)
-    except BaseException as error:
-        name = type(error).__name__
-        try:
-            write(2, f'\n{name}: {error}'[:2000].encode('utf-8', 'replace'))
-        except BaseException:
-            pass
-        leave(1)
-
-def serve(fd, uid, strict, roots):
-    control = _socket.socket(fileno=fd)
-    while True:
-        asked, passed, _, _ = control.recvmsg(1, _socket.CMSG_SPACE(8))
-        if not asked:
-            return
-        channel, out = memoryview(passed[0][2]).cast('i')
-        child = posix.fork()
-        if not child:
-            control.close()
-            posix.setsid()
-            posix.dup2(out, 1)
-            posix.dup2(out, 2)
-            posix.close(out)
-            run(channel, uid, strict, roots)
-            posix._exit(5)
-        posix.close(channel)
-        posix.close(out)
-        posix.waitpid(child, 0)
-        try:
-            if posix.getpid() == 1:  # of its own namespace: all others are what the program left
-                posix.kill(-1, 9)
-            while True:
-                posix.waitpid(-1, 0)
-        except (ChildProcessError, ProcessLookupError):
-            pass
-        control.send(b'used' if posix.listdir('.') else b'same')
-
-serve(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == '1', tuple(sys.argv[4:]))
-"""
+_DRIVER = Path(__file__).with_name("driver.py").read_text(encoding="utf-8")  # its file is not there in a sandbox
 
 
 class SandboxError(RuntimeError):
@@ -252,7 +139,7 @@ def require_level(isolation: str) -> str:
     if isolation == "namespace" and active_level() != "namespace":
         raise SandboxError(
             "generated code needs isolation='namespace', but neither bubblewrap nor unshare works here; "
-            "install bubblewrap (apt-get install bubblewrap), or accept the weaker guard with isolation='rlimits'"
+            "install bubblewrap (apt-get install bubblewrap), or leave the tasks out whose answers are programs"
         )
     return active_level()
 
