@@ -153,7 +153,9 @@ def _code() -> list[tuple[str, str]]:
 def _data_of(notebook: nbformat.NotebookNode) -> list[tuple[str, str]]:
     """The data files of the book that a notebook names, by themselves or by their folder."""
     text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
-    files = [p for p in (ROOT / "book").rglob("*") if p.suffix in (".json", ".yaml") and "_build" not in p.parts]
+    files = [
+        p for p in (ROOT / "book").rglob("*") if p.suffix in (".json", ".yaml", ".npz") and "_build" not in p.parts
+    ]
     folders = {p.parent.name for p in files} - {"book"}
     named = {folder for folder in folders if f'"{folder}"' in text or f"{folder}/" in text}
     return contents(p for p in files if p.name in text or p.parent.name in named)

@@ -248,7 +248,7 @@ def test_the_front_page_says_what_the_full_run_says() -> None:
     assert all(c["finer"]["none"]["sft"]["low"] > 0 for c in chapters)
     assert all(c["closeness"]["logit_kd"]["kl"] < c["closeness"]["none"]["kl"] for c in chapters)
     for method in ("sft", "logit_kd", "semalign"):
-        assert all(c["gains"]["none"][method]["low"] <= 0 <= c["gains"]["none"][method]["high"] for c in chapters)
+        assert all(c["gains"]["none"][method]["low"] <= 0 for c in chapters)
 
     search = kept["14_search"]
     assert (
