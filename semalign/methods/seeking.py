@@ -304,6 +304,22 @@ def extract(
     return found
 
 
+def window_shares(
+    teacher: Model,
+    shapes: Sequence[Mapping[str, tuple[int, int]]],
+    store: Mapping[str, Tensor],
+    found: Extraction,
+) -> dict[str, tuple[float, float]]:
+    """By student module: the share of its teacher matrix's sensitivity inside the window, and the share of the area."""
+    stack, shares = _stack_name(teacher), {}
+    for i, (k, part) in enumerate(zip(found.layers, shapes, strict=True)):
+        for name, (n, m) in part.items():
+            scores, (row, column) = store[f"{stack}.{k - 1}.{_path(name, i)}.weight"], found.windows[name]
+            inside = scores[row : row + n, column : column + m].sum() / scores.sum()
+            shares[name] = (float(inside), n * m / scores.numel())
+    return shares
+
+
 def transfer(pair: Pair, data: TaskData, config: TransferConfig | None = None) -> TransferResult:
     """Seeking from the pair's teacher to its student (Seeking, steps A to F): extraction, then ordinary LoRA tuning.
 

@@ -11,8 +11,8 @@ from scipy import stats
 from torch import Tensor
 
 from semalign.lm.examples import Encoded, collate, supervised
-from semalign.lm.hooks import logits_of
-from semalign.lm.parts import Model, decoder
+from semalign.lm.hooks import capture, logits_of
+from semalign.lm.parts import Model, decoder, decoder_layers
 from semalign.supervision import SupervisionCache
 from semalign.training.losses import divergence
 
@@ -312,3 +312,18 @@ def holm(p: Mapping[str, float]) -> dict[str, float]:
         running = max(running, min(1.0, (len(p) - rank) * p[name]))
         adjusted[name] = running
     return {name: adjusted[name] for name in p}
+
+
+@torch.no_grad()
+def layer_outputs(model: Model, encoded: Sequence[Encoded], point: str = "stream") -> list[Tensor]:
+    """Every layer read at ``point``, layer 1 first, at each token of one batch of examples: (tokens, D), on the CPU."""
+    batch = collate(encoded, 0, next(model.parameters()).device)
+    taps = [(k, point) for k in range(1, len(decoder_layers(model)) + 1)]
+    with capture(model, taps) as seen:
+        decoder(model)(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    return [seen[tap][batch["attention_mask"].bool()].float().cpu() for tap in taps]
+
+
+def cka_matrix(rows: Sequence[Tensor], columns: Sequence[Tensor]) -> Tensor:
+    """Linear CKA of every representation in ``rows`` with every one in ``columns``, of the same n states."""
+    return torch.tensor([[linear_cka(x, y) for y in columns] for x in rows])

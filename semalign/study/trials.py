@@ -33,6 +33,7 @@ from semalign.training.config import DivergedError, TransferConfig, costs
 
 SPLITS = ("train", "align", "extract", "validation")
 TEACHER = "teacher"  # the name under which the teacher answers
+RESPONSE = 400  # characters of an answer's text that are kept
 PACKAGE = Path(__file__).resolve().parent.parent
 
 
@@ -102,7 +103,7 @@ def run_trial(
         watched: the split whose reference answers are read: ``test`` only for what has been chosen.
 
     Returns:
-        ``answers``: a task's (id, correct, prediction, topic, known) a question; ``validation``: for each watched
+        ``answers``: a task's answers as :func:`answer` keeps them; ``validation``: for each watched
         example the mean over its positions of ``loss``, ``right``, and against the teacher ``kl`` (nats) and ``agree``;
         ``cost``; ``layers``: the student layers that were trained.
 
@@ -276,24 +277,32 @@ def _config(p: Profile, pair: Pair, seed: int) -> TransferConfig:
     return replace(config_of(p, seed), layers=(critical_pair(p.layer, *depths)[1],))
 
 
+def ask(p: Profile, pair: Pair, model: Any, task: str, asked: Sequence[Row], samples: int = 1) -> benchmarks.Evaluation:
+    """Put the questions ``asked`` to ``model`` as the profile does; several ``samples`` a question, if of code."""
+    return benchmarks.evaluate(
+        model, pair.tokenizer, task, asked, protocol=p.protocol(task), batch_size=p.eval_batch_size, samples=samples,
+        max_new_tokens=p.max_new_tokens, allow_code_execution=p.allow_code_execution, isolation=p.isolation,
+    )  # fmt: skip
+
+
 def answer(
     p: Profile, pair: Pair, model: Any, task: str, *, split: str = "test", limit: int | None = None
 ) -> list[dict[str, Any]]:
-    """What ``model`` answers: ``id``, ``correct``, ``prediction`` (programs: why it failed), ``topic``, ``known``."""
+    """What ``model`` answers, a dictionary a question.
+
+    ``id``, ``correct``, ``prediction`` (of a program: why it failed), ``topic``, ``known``, ``too_long`` (not asked,
+    and so wrong), and where the answer is a text its first characters as ``response``.
+    """
     asked = questions(p, task, split, limit)
-    records, _ = benchmarks.evaluate(
-        model, pair.tokenizer, task, asked, protocol=p.protocol(task), batch_size=p.eval_batch_size,
-        max_new_tokens=p.max_new_tokens, allow_code_execution=p.allow_code_execution, isolation=p.isolation,
-    )  # fmt: skip
     names = {"mmlu": "prediction", "gsm8k": "flexible"}
-    return [
-        {
-            "id": r["id"], "correct": r["correct"],
-            "prediction": r[names[task]] if task in names else r["reasons"][0],
-            "topic": row.get("topic", row.get("subject", "")), "known": row.get("known", ""),
-        }
-        for r, row in zip(records, asked, strict=True)
-    ]  # fmt: skip
+    kept = []
+    for r, row in zip(ask(p, pair, model, task, asked).records, asked, strict=True):
+        one = {"id": r["id"], "correct": r["correct"]}
+        one["prediction"] = r[names[task]] if task in names else r["reasons"][0]
+        one |= {"topic": row.get("topic", row.get("subject", "")), "known": row.get("known", "")}
+        one["too_long"] = bool(r["too_long"])
+        kept.append(one | ({"response": r["responses"][0][:RESPONSE]} if "responses" in r else {}))
+    return kept
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from semalign.methods.seeking import (
     student_shapes,
     to_lora,
     transfer,
+    window_shares,
 )
 from semalign.models import Pair
 from semalign.training.config import TransferConfig
@@ -333,6 +334,19 @@ def test_controls_choose_other_windows_by_their_seed() -> None:
     one, same, other = (extract(big, shapes, store, rank=2, window="random", seed=s) for s in (0, 0, 1))
     assert one.windows == same.windows != other.windows
     assert all(torch.equal(one.adapters[n][j], same.adapters[n][j]) for n in one.adapters for j in (0, 1))
+
+
+def test_the_best_window_holds_more_than_its_share() -> None:
+    big = teacher()
+    shapes, store = student_shapes(student(), TARGETS), sensitivity(big, toy_data(2))
+    best, drawn = (extract(big, shapes, store, rank=2, window=w) for w in ("best", "random"))
+    shares, others = (window_shares(big, shapes, store, found) for found in (best, drawn))
+    assert shares.keys() == best.windows.keys()
+    assert all(1 >= shares[n][0] >= max(others[n][0], shares[n][1]) - 1e-6 for n in shares)
+    whole = window_shares(
+        big, student_shapes(big, TARGETS), store, extract(big, student_shapes(big, TARGETS), store, rank=2)
+    )
+    assert all(pair == pytest.approx((1, 1)) for pair in whole.values())
 
 
 # ----------------------------------------------------------------------------------------------------- refusals
