@@ -89,6 +89,11 @@ def provenance_table(provenance: Mapping[str, Any]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows.items() if text)])
 
 
+def p_value(p: float | None) -> str:
+    """A p-value as text: "< 0.001" where it is smaller, and never with a sign; a dash where there is none."""
+    return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
 def use_style() -> None:
     """Set the book's look: seaborn on white, colours that survive colour blindness, vector figures in notebooks."""
     import seaborn

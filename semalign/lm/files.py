@@ -12,9 +12,14 @@ from typing import Any
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all, making its folder: a reader sees the old text or the new one, never half."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """The same for a file that is no text."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    fresh.write_text(text, encoding="utf-8")
+    fresh.write_bytes(content)
     os.replace(fresh, path)
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from semalign.pipeline.notebooks import KEPT_ELSEWHERE, ORDER, ROOT, chapters_of, preflight, run_digest, stamp
-from semalign.profiles import load_profile
+from semalign.profiles import Profile, load_profile
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 """The grid of learning rates, the same for every method."""
@@ -89,10 +91,13 @@ def choose_rates(profile: str) -> Path:
 def keep(profile: str) -> Path:
     """Copy the metrics of a finished run to ``book/full_run``, with the version of the code that they belong to.
 
+    Every answer and loss of its trials goes to ``book/full_run/items``, so that the tables can be computed again.
+
     Raises:
         RuntimeError: a notebook has no metrics yet; nothing is copied then.
     """
     from semalign.report import load_metrics, save_metrics
+    from semalign.study.kept import keep_items
     from semalign.study.trials import code_key
 
     p = load_profile(profile)
@@ -104,7 +109,17 @@ def keep(profile: str) -> Path:
     save_metrics(target / "version.json", {"code": code_key()}, seeds=made["seeds"], profile=p.name)
     for name in names:
         shutil.copyfile(source / f"{name}.json", target / f"{name}.json")
+    keep_items(finished_trials(p, source.parent / "artefacts" / "trials"), target / "items")
     return target
+
+
+def finished_trials(p: Profile, folder: Path) -> Iterator[dict[str, Any]]:
+    """The trials in a run's folder that its profile has: of its tasks; without a variant, of its methods and seeds."""
+    for path in (path for task in p.tasks for path in sorted((folder / task).glob("*.json"))):
+        trial = json.loads(path.read_text(encoding="utf-8"))
+        of_profile = trial["method"] in ("teacher", "none", *p.methods) and trial["seed"] in p.seeds
+        if of_profile or trial["variant"]:
+            yield trial
 
 
 def run(profile: str, cores: str, until: str, results: Path | None = None) -> int:

@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,14 @@ NEEDS: dict[str, tuple[Callable[[Profile], bool], str]] = {
 class Chapter:
     """The notebooks that a chapter reads from, where the profile has them, and its ``needs``, keys of ``NEEDS``.
 
-    ``of_task``: it is about this one, and its trials can be jobs of their own.
+    ``of_task``: it is about this one, and its trials can be jobs of their own. ``controls``: it reads those of the
+    untouched student and of labels alone, on every task.
     """
 
     reads: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     of_task: str = ""
+    controls: bool = False
 
 
 ORDER: dict[str, Chapter] = {
@@ -47,6 +49,7 @@ ORDER: dict[str, Chapter] = {
     "02_importance": Chapter(reads=("00_models_and_data",)),
     "03_pairing": Chapter(reads=("02_importance",)),
     "04_alignment": Chapter(reads=("03_pairing",)),
+    "04b_gates": Chapter(controls=True),
     "05_mmlu": Chapter(needs=("mmlu",), of_task="mmlu"),
     "06_gsm8k": Chapter(needs=("gsm8k",), of_task="gsm8k"),
     "07_humaneval": Chapter(needs=("humaneval",), of_task="humaneval"),
@@ -59,7 +62,7 @@ ORDER: dict[str, Chapter] = {
     "14_search": Chapter(),
     "15_paper_against_ours": Chapter(
         reads=(
-            "01_semantics", "04_alignment", "05_mmlu", "06_gsm8k", "07_humaneval", "08_mbpp",
+            "01_semantics", "04_alignment", "04b_gates", "05_mmlu", "06_gsm8k", "07_humaneval", "08_mbpp",
             "09_fine_tuned_teachers", "10_similarity", "11_ablations", "12_controls", "14_search",
         )
     ),
@@ -88,7 +91,7 @@ def chapters_of(p: Profile) -> dict[str, Chapter]:
     """The chapters that a profile runs, reading from those that it runs."""
     out = missing(p)
     left = {name: chapter for name, chapter in ORDER.items() if name not in out}
-    return {n: Chapter(tuple(r for r in c.reads if r in left), c.needs, c.of_task) for n, c in left.items()}
+    return {n: replace(c, reads=tuple(r for r in c.reads if r in left)) for n, c in left.items()}
 
 
 def trials_of(p: Profile, name: str) -> list[str]:
@@ -96,13 +99,13 @@ def trials_of(p: Profile, name: str) -> list[str]:
 
     None where the profile has no ``trial_jobs``: there the notebook runs them itself, one after another.
     """
-    task = ORDER[name].of_task if p.trial_jobs else ""
-    if not task:
+    chapter, rows = ORDER[name], declared("methods")
+    if not p.trial_jobs or not (chapter.of_task or chapter.controls):
         return []
-    rows = declared("methods")
-    methods = dict.fromkeys(["teacher", "none", *p.methods])
+    tasks = p.tasks if chapter.controls else [chapter.of_task]
+    methods = ["none", "sft"] if chapter.controls else dict.fromkeys(["teacher", "none", *p.methods])
     seeds = {m: p.seeds if rows.get(m, {"seeded": False}).get("seeded", True) else p.seeds[:1] for m in methods}
-    return [f"{task}/{method}-{seed}.json" for method, own in seeds.items() for seed in own]
+    return [f"{task}/{method}-{seed}.json" for task in tasks for method, own in seeds.items() for seed in own]
 
 
 def preflight(p: Profile) -> None:
@@ -149,7 +152,9 @@ def _code() -> list[tuple[str, str]]:
 def _data_of(notebook: nbformat.NotebookNode) -> list[tuple[str, str]]:
     """The data files of the book that a notebook names, by themselves or by their folder."""
     text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
-    files = [p for p in (ROOT / "book").rglob("*") if p.suffix in (".json", ".yaml") and "_build" not in p.parts]
+    files = [
+        p for p in (ROOT / "book").rglob("*") if p.suffix in (".json", ".yaml", ".npz") and "_build" not in p.parts
+    ]
     folders = {p.parent.name for p in files} - {"book"}
     named = {folder for folder in folders if f'"{folder}"' in text or f"{folder}/" in text}
     return contents(p for p in files if p.name in text or p.parent.name in named)

@@ -7,6 +7,7 @@ the best of the third can be run again without its states and nothing else chang
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Mapping
 from typing import Any
@@ -43,7 +44,8 @@ SPACES: dict[str, dict[str, tuple[Changes, ...]]] = {
         "rate": _RATES,
     },
     "states": {
-        "states": tuple({"layer_weight": w} for w in (0.03, 0.1, 0.3, 1.0)),
+        # A weight that hardly trains would count as a win of states and be one of its output loss: none below 0.1.
+        "states": tuple({"layer_weight": w} for w in (0.1, 0.3, 1.0, 3.0)),
         "output": (_LABELS, *_TEACHER_OUT[:2]),
         "layers": (_ONE, _ALL, {**_ALL, "schedule": "frontier"}),
         "map": (*({"map": kind} for kind in MAPS), {"map": None, "projection": "random"}),
@@ -73,6 +75,12 @@ def draws(family: str, n: int, seed: int = 0) -> list[dict[str, Changes]]:
         if possible(one) and one not in found:
             found.append(one)
     raise ValueError(f"the family {family!r} has fewer than {n} configurations: ask for less")
+
+
+def size(family: str) -> int:
+    """How many different configurations a family has."""
+    space = SPACES[family]
+    return sum(possible(dict(zip(space, settings, strict=True))) for settings in itertools.product(*space.values()))
 
 
 def possible(one: Mapping[str, Changes]) -> bool:

@@ -50,7 +50,7 @@ def gains(runs: Runs, task: str, metric: str, others: Iterable[str] = CONTROLS) 
 def _against(values: Mapping[str, torch.Tensor], other: str) -> pd.DataFrame:
     compared = [m for m in values if m not in (TEACHER, "none", other)]
     found = {m: analysis.over_seeds_and_items(values[m] - values[other])._asdict() for m in compared}
-    return pd.DataFrame(found, index=["mean", "low", "high", "p"]).T
+    return pd.DataFrame(found, index=["mean", "low", "high", "p", "error", "df"]).T
 
 
 def groups(runs: Runs, task: str, what: str) -> dict[str, list[int]]:

@@ -45,6 +45,8 @@ def seeds_of(method: str, seeds: Sequence[int]) -> Sequence[int]:
 def splits(p: Profile, task: str, watched: str = "validation") -> TaskData:
     """The examples of a task, cut to the profile's sizes; the split ``watched`` is its validation.
 
+    Where that is the test split, it is the reference answers to the very questions that the task's models are asked.
+
     Raises:
         ValueError: the benchmark's own examples cannot be asked by this protocol.
     """
@@ -60,15 +62,22 @@ def splits(p: Profile, task: str, watched: str = "validation") -> TaskData:
         if watched == "test":
             whole = replace(whole, validation=benchmarks.data.examples(task))
     sizes = {**dict(p.sizes), "validation": getattr(p.sizes, watched)}
+    if watched == "test":
+        numbered = [{**row, "place": i} for i, row in enumerate(_rows(p, task, watched))]
+        asked = sample(numbered, p.sizes.test, seed=0)
+        whole = replace(whole, validation=tuple(whole.validation[row["place"]] for row in asked))
     return TaskData(task, **{s: getattr(whole, s)[: sizes[s]] for s in SPLITS})
 
 
 def questions(p: Profile, task: str, split: str = "test", limit: int | None = None) -> list[Row]:
     """The questions of a task in its benchmark's format: the same ``limit`` of them for every method and seed."""
-    limit = p.sizes.test if limit is None else limit
+    return sample(_rows(p, task, split), p.sizes.test if limit is None else limit, seed=0)
+
+
+def _rows(p: Profile, task: str, split: str) -> list[Row]:
     items = classroom.items(task, split) if p.data == "classroom" else ()
     source = [{**i.record, "topic": i.topic, "known": i.known} for i in items] or None
-    return sample(benchmarks.load_items(task, source, split), limit, seed=0)
+    return benchmarks.load_items(task, source, split)
 
 
 def run_trial(

@@ -8,7 +8,7 @@ from test_supervision import toy_data
 from tiny import tiny_llama
 
 from semalign.lm.examples import IGNORED
-from semalign.study.analysis import cka_matrix, layer_outputs, linear_cka, mean_divergence
+from semalign.study.analysis import cka_matrix, divergence_between, layer_outputs, linear_cka
 
 
 def test_layer_outputs_are_the_streams_of_real_tokens() -> None:
@@ -33,10 +33,12 @@ def test_the_matrix_of_similarities_has_a_row_for_each_of_the_first() -> None:
 
 def test_divergence_is_zero_of_a_model_from_itself_and_textbook_otherwise() -> None:
     one, other, encoded = tiny_llama(seed=0).eval(), tiny_llama(seed=1).eval(), toy_data(3)
-    assert mean_divergence(one, one, encoded) == pytest.approx(0, abs=1e-7)
+    assert divergence_between(one, one, encoded).mean().item() == pytest.approx(0, abs=1e-7)
     parts = []
     with torch.no_grad():
         for e in encoded:
             p, q = (m(e.input_ids[None]).logits[0, :-1].softmax(-1) for m in (one, other))
             parts.append((p * (p / q).log()).sum(-1)[e.labels[1:] != IGNORED].mean())
-    assert mean_divergence(one, other, encoded) == pytest.approx(float(sum(parts)) / len(parts), rel=1e-4)
+    assert divergence_between(one, other, encoded).mean().item() == pytest.approx(
+        float(sum(parts)) / len(parts), rel=1e-4
+    )

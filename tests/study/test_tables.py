@@ -103,7 +103,7 @@ def test_measures_are_what_a_file_of_metrics_holds() -> None:
     json.dumps(found, allow_nan=False)
     assert {"scores", "gains", "finer", "headroom", "closeness", "forgotten", "cost"} < set(found)
     assert found["scores"]["semalign"]["mean"] == 0.5 and found["questions"] == 4
-    assert set(found["gains"]["none"]["sft"]) == {"mean", "low", "high", "p"}
+    assert set(found["gains"]["none"]["sft"]) == {"mean", "low", "high", "p", "error", "df"}
     assert found["headroom"]["semalign"]["copied"] is None
 
 
