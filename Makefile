@@ -1,6 +1,7 @@
 # Everything a newcomer needs: `make book` and `make test`. `make help` lists the rest.
 PYTHON  ?= python3
 PROFILE ?= classroom
+RESULTS ?=
 CORES   ?= all
 VENV    := .venv
 BIN     := $(VENV)/bin
@@ -15,7 +16,7 @@ export TOKENIZERS_PARALLELISM := false
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
-	@echo "  PROFILE=$(PROFILE) of: $$(ls notebooks/profiles | sed 's/\.yaml//' | tr '\n' ' ')"
+	@echo "  PROFILE=$(PROFILE) of: $$(ls notebooks/profiles | sed 's/\.yaml//' | tr '\n' ' ')or a yaml file; RESULTS=folder"
 
 setup: $(VENV)/.installed ## make .venv at the versions of requirements.lock
 
@@ -37,16 +38,16 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 
 # make's process number lets a notebook stop when make is killed, instead of running on unseen.
 book: setup ## run the notebooks of PROFILE and build the book
-	@SEMALIGN_MAKE_PID=$$PPID $(BIN)/python -m semalign.pipeline run $(PROFILE) --cores $(CORES)
+	@SEMALIGN_MAKE_PID=$$PPID $(BIN)/python -m semalign.pipeline run "$(PROFILE)" --cores $(CORES) $(if $(RESULTS),--results "$(RESULTS)")
 
 notebooks: setup ## run the notebooks of PROFILE without building the book
-	@SEMALIGN_MAKE_PID=$$PPID $(BIN)/python -m semalign.pipeline run $(PROFILE) --cores $(CORES) --until notebooks
+	@SEMALIGN_MAKE_PID=$$PPID $(BIN)/python -m semalign.pipeline run "$(PROFILE)" --cores $(CORES) $(if $(RESULTS),--results "$(RESULTS)") --until notebooks
 
 rates: setup ## choose each method's learning rate for PROFILE on validation examples, into book/rates
-	@OMP_NUM_THREADS=1 $(BIN)/python -m semalign.pipeline rates $(PROFILE)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m semalign.pipeline rates "$(PROFILE)"
 
 keep: setup ## keep the numbers of a finished run of PROFILE in book/full_run, which the page on the full run draws
-	@$(BIN)/python -m semalign.pipeline keep $(PROFILE)
+	@$(BIN)/python -m semalign.pipeline keep "$(PROFILE)"
 
 test: setup ## the test suite, a file at a time on each core
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadfile
@@ -57,8 +58,8 @@ bench: setup ## measure speed and memory against the obvious alternatives
 pico: setup ## retrain the Pico family from nothing (resumes after a kill)
 	@$(BIN)/python -m semalign.classroom
 
-lint: setup ## ruff, mypy, notebooks without outputs
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy semalign
+lint: setup ## ruff, mypy, imports that run one way, notebooks without outputs
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy semalign && $(BIN)/lint-imports --no-logo
 	@$(BIN)/nbstripout --verify notebooks/*.ipynb
 
 lock: setup ## refresh requirements.lock from pyproject.toml

@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from semalign.lm.files import write_text
+from semalign.profiles import Profile, ProfileError, load_profile
 
 ROOT = Path(__file__).resolve().parent.parent
 BOOK = ROOT / "book"
@@ -25,18 +27,33 @@ BASIS_COLOURS = {"dual": "#d55e00", "primal": "#0072b2", "tight": "#441166", "ra
 """A fixed colour for every kind of semantic basis."""
 
 
-def results_folder(name: str, given: str | Path | None = None) -> Path:
-    """Where a run of the profile ``name`` keeps its files, made where it is missing: ``given``, or ``results/NAME``."""
-    folder = Path(given).expanduser().resolve() if given else ROOT / "results" / name
+def opened(profile: str, results: str | Path | None, changes: Mapping[str, Any]) -> tuple[Profile, Path]:
+    """What a notebook's three parameters stand for: the profile, and where the run keeps its files.
+
+    So plain papermill, Jupyter and the pipeline run the same. The folder, by default ``results/PROFILE``, is made where
+    it is missing.
+
+    Raises:
+        ProfileError: the profile is unknown or malformed, or a profile's values were given as parameters, which no cell
+            would read.
+    """
+    beside = vars(sys.modules["__main__"])
+    if sources := [k for k in ("teacher", "student") if isinstance(beside.get(k), dict) and "source" in beside[k]]:
+        raise ProfileError(
+            f"{' and '.join(sources)} are values of a profile and no parameters: give -p profile NAME, where NAME may be "
+            "the path of a yaml file, and what is to differ as -y 'changes: {...}'"
+        )
+    p = load_profile(profile, **changes)
+    folder = Path(results).expanduser().resolve() if results else ROOT / "results" / p.name
     for part in ("artefacts", "metrics"):
         (folder / part).mkdir(parents=True, exist_ok=True)
-    return folder
+    return p, folder
 
 
-def named(profile: Any, changes: Mapping[str, Any]) -> str:
+def named(profile: Profile, changes: Mapping[str, Any]) -> str:
     """What provenance calls a run: its profile's name, and what differs from it."""
     told = ", ".join(f"{name}={value}" for name, value in changes.items())
-    return f"{profile.name}, but for {told}" if told else str(profile.name)
+    return f"{profile.name}, but for {told}" if told else profile.name
 
 
 def save_metrics(

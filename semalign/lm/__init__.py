@@ -1,0 +1,1 @@
+"""A language model seen from outside: its parts, its inner states, its examples, and files."""
