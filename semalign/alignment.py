@@ -54,7 +54,6 @@ def transfer(pair: Pair, data: TaskData, config: TransferConfig | None = None) -
         scratch = Path(config.folder) if config.folder else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         scratch.mkdir(parents=True, exist_ok=True)
         encoded = encode(pair.tokenizer, data.train + data.validation, max_length=config.max_length)
-        encoded = encode(pair.tokenizer, data.train + data.validation, max_length=config.max_length)
         layers, supervision, vocabulary = supervise(pair, data, encoded, config, scratch)
         student = pair.load_student().eval()
         if isinstance(config.projection, str):

@@ -56,10 +56,10 @@ def skip_layers(model: Model, numbers: Iterable[int]) -> Iterator[None]:
     try:
         yield
     finally:
-        for layer, own in skipped:
+        for layer, replaced in skipped:
             del layer.forward
-            if own is not None:
-                layer.forward = own
+            if replaced is not None:
+                layer.forward = replaced
 
 
 def logits_of(model: Model, final: Tensor) -> Tensor:

@@ -29,9 +29,9 @@ def decoder_layers(model: Model) -> nn.ModuleList:
     """
     stack = decoder(model)
     for name in ("layers", "h", "blocks"):
-        found = getattr(stack, name, None)
-        if isinstance(found, nn.ModuleList):
-            return found
+        layers = getattr(stack, name, None)
+        if isinstance(layers, nn.ModuleList):
+            return layers
     raise ValueError(f"no layer list found in a {type(model).__name__}; known names are layers, h and blocks")
 
 

@@ -13,7 +13,7 @@ from semalign.methods.registry import Method
 
 __all__ = ["REGISTRY", "Method"]
 
-_MODULES = [importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]
+_MODULES = [importlib.import_module(f"{__name__}.{file.name}") for file in pkgutil.iter_modules(__path__)]
 REGISTRY: dict[str, Method] = {
     name: row for module in _MODULES for name, row in getattr(module, "METHODS", {}).items()
 }  # fmt: skip

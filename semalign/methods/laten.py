@@ -16,7 +16,7 @@ import gc
 import math
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from semalign.attribution import objective
 from semalign.lm import hooks
@@ -73,7 +73,7 @@ def projections(model: Model) -> list[dict[str, nn.Linear]]:
     Raises:
         ValueError: a layer has not all four, or normalises what they compute before it is added to the stream.
     """
-    found = []
+    by_layer = []
     for k, layer in enumerate(decoder_layers(model), start=1):
         attention, mlp = sublayers(layer)
         homes = {name: mlp if name in MLP else attention for name in MODULES}
@@ -84,8 +84,8 @@ def projections(model: Model) -> list[dict[str, nn.Linear]]:
                 f"{type(mlp).__name__}, which have no {', '.join(missing)}: LaTen needs layers built as Llama's, "
                 "Mistral's or Qwen's are, so choose a pair of such models or another baseline"
             )
-        found.append({name: getattr(home, name) for name, home in homes.items()})
-    return found
+        by_layer.append({name: getattr(home, name) for name, home in homes.items()})
+    return by_layer
 
 
 def transferable(model: Model) -> tuple[str, ...]:
@@ -228,10 +228,10 @@ def _sites(model: Model, selection: Selection, modules: Sequence[str]) -> Iterat
 
 def extract(model: Model, selection: Selection, modules: Sequence[str] = MODULES) -> dict[str, Tensor]:
     """The selected neurons' weights (n, k, D) of each module (step D), copied."""
-    found: dict[str, list[Tensor]] = {name: [] for name in modules}
+    blocks: dict[str, list[Tensor]] = {name: [] for name in modules}
     for name, _, linear, ids in _sites(model, selection, modules):
-        found[name].append(_neurons(name, linear).detach()[ids])
-    return {name: torch.stack(blocks) for name, blocks in found.items()}
+        blocks[name].append(_neurons(name, linear).detach()[ids])
+    return {name: torch.stack(by_layer) for name, by_layer in blocks.items()}
 
 
 def default_init_std(width: int, *, released: bool = False) -> float:
@@ -341,6 +341,186 @@ def _attributed(tokenizer: PreTrainedTokenizerBase, example: Example, max_length
     return ids
 
 
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What a run reads: the texts that locate, the examples that train and validate, and how many go into a step.
+
+    ``texts`` holds the token ids (T,) of each of ``seeds``, by which its steps locate, and last those of the training
+    example by which validation and merge do. The last token of each is the attributed one.
+    """
+
+    texts: list[Tensor]
+    seeds: list[Encoded]
+    align: list[Encoded]
+    validation: list[Encoded]
+    steps: int
+    items: int
+
+    @property
+    def located_tokens(self) -> int:
+        """Tokens that a model reads to be located in."""
+        return sum(len(text) - 1 for text in self.texts)
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """For each text, last the one of validation and merge: where the student receives, and ties to log.
+
+    ``blocks`` are the teacher's vectors (n, k, D_T) on the CPU, ``before`` the student's weights at the last place.
+    """
+
+    selections: list[Selection]
+    ties: list[dict[str, float]]
+    blocks: list[dict[str, Tensor]]
+    modules: tuple[str, ...]
+    before: Vectors
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """The vectors to merge, the step (from 1) and validation loss that chose them, the log, and tokens trained on."""
+
+    vectors: Vectors
+    step: int
+    loss: float
+    log: list[dict[str, Any]]
+    tokens: int
+
+
+def planned(pair: Pair, data: TaskData, config: TransferConfig, steps: int | None, items: int) -> Plan:
+    """Draw the examples of a run, one order of ``data.extract`` a seed.
+
+    Raises:
+        ValueError: no extract or no align examples, or one without a token to attribute.
+    """
+    if not data.extract or not data.align or items < 1 or (steps is not None and steps < 1):
+        raise ValueError(
+            f"LaTen locates by extract examples and trains on align examples too: task {data.name} has "
+            f"{len(data.extract)} and {len(data.align)}; items={items} and steps={steps} count from 1"
+        )
+    rng, steps = random.Random(config.seed), steps or len(data.extract)
+    examples = rng.sample(data.extract, len(data.extract))[:steps]
+    located = [*examples, rng.choice(data.train or data.extract)]
+    texts = [_attributed(pair.tokenizer, e, config.max_length) for e in located]
+    split = (examples, data.align, data.validation or data.align)
+    seeds, align, validation = (encode(pair.tokenizer, some, max_length=config.max_length) for some in split)
+    return Plan(texts, seeds, align, validation, steps, items)
+
+
+def _best(
+    model: Model, text: Tensor, depth: int, sizes: tuple[int, int], released: bool = False
+) -> tuple[Selection, float]:
+    """Steps A to C for one text (T,): the ``depth`` best layers with ``sizes`` neurons each, and the rate of ties."""
+    inside = trace_last(model, text[:-1], released=released)
+    scores = neuron_scores(model, inside, int(text[-1]), released=released)
+    return select(scores, depth, *sizes), tie_rate(scores)
+
+
+def _neuron_counts(student: Model, ratio: float) -> tuple[int, int]:
+    """MLP and attention neurons that receive in a layer: ``ratio`` of those the student has."""
+    first = projections(student)[0]
+    return int(ratio * first["down_proj"].in_features), int(ratio * first["o_proj"].in_features)
+
+
+def locate(
+    pair: Pair, texts: Sequence[Tensor], ratio: float, *, released: bool = False
+) -> tuple[PreTrainedModel, Places]:
+    """Steps A to D in both models, one after the other: the student, frozen, and its places with what goes there."""
+    student = pair.load_student()
+    depth, modules, sizes = len(decoder_layers(student)), transferable(student), _neuron_counts(student, ratio)
+    del student
+    gc.collect()
+    teacher = pair.load_teacher().eval()
+    depth, modules = min(depth, len(decoder_layers(teacher))), tuple(m for m in modules if m in transferable(teacher))
+    given = [_best(teacher, text, depth, sizes, released) for text in texts]
+    blocks = [{m: v.cpu() for m, v in extract(teacher, selection, modules).items()} for selection, _ in given]
+    del teacher
+    gc.collect()
+    student = pair.load_student().eval().requires_grad_(False)
+    received = [_best(student, text, depth, sizes, released) for text in texts]
+    ties = [{"teacher_ties": t, "student_ties": s} for (_, t), (_, s) in zip(given, received, strict=True)]
+    selections = [selection for selection, _ in received]
+    return student, Places(selections, ties, blocks, modules, extract(student, selections[-1], modules))
+
+
+def train(
+    student: PreTrainedModel,
+    plan: Plan,
+    places: Places,
+    made: Callable[[int], Vectors],
+    optimizer: torch.optim.Optimizer,
+    *,
+    lr: float,
+    penalty: float,
+    seed: int,
+    released: bool = False,
+) -> Trained:
+    """Steps F and G: ``made(i)`` are the vectors for text i (-1 for the last), and the optimizer moves what makes them.
+
+    The step of the lowest validation loss is kept, the last one with ``released``.
+
+    Raises:
+        DivergedError: a loss that is not finite.
+    """
+    log: list[dict[str, Any]] = [
+        {"step": 0, "split": "validation", "lr": 0.0, "loss": _mean_loss(student, plan.validation)}
+    ]
+    best, final, lowest, read = 0, dict[str, Tensor](), math.inf, 0
+    with nullcontext() if released else _float32(student):
+        for step in range(1, plan.steps + 1):
+            i, rate = (step - 1) % len(plan.seeds), one_cycle_rate(lr, step, plan.steps)
+            draw = random.Random(step - 1 if released else f"{seed} {step}")
+            batch = [plan.seeds[i], *draw.sample(plan.align, min(plan.items - 1, len(plan.align)))]
+            vectors = made(i)
+            share = 1.0 if released else 1 / len(batch)
+            losses = _injected_gradients(student, places.selections[i], vectors, batch, penalty, share)
+            if not math.isfinite(losses["loss"]):
+                raise DivergedError(f"the loss of step {step} is {losses['loss']}: lower lr={lr}", student)
+            sizes = _sizes(vectors, places.before)
+            log.append({"step": step, "split": "train", "lr": rate, **losses, **places.ties[i], **sizes})
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad()
+            read += sum(len(e.input_ids) for e in batch)
+            with torch.no_grad(), inject(student, places.selections[-1], vectors := made(-1)):
+                loss = _mean_loss(student, plan.validation)
+            log.append({"step": step, "split": "validation", "lr": rate, "loss": loss})
+            if not math.isfinite(loss):
+                raise DivergedError(f"the validation loss after step {step} is {loss}: lower lr={lr}", student)
+            if released or loss < lowest:
+                best, final, lowest = step, {m: v.detach().clone() for m, v in vectors.items()}, loss
+    return Trained(final, best, lowest, log, read)
+
+
+def merged(student: Model, places: Places, run: Trained, *, released: bool = False) -> list[str]:
+    """Step H: the parameters that changed. With ``released`` the vectors only hang on the modules, as ``delta``.
+
+    The log of ``run`` gets its last record.
+
+    Raises:
+        ValueError: the merged student equals its base.
+    """
+    trained: list[str] = []
+    place, modules = places.selections[-1], places.modules
+    if released:
+        for m, n, linear, _ in _sites(student, place, modules):
+            linear.delta = run.vectors[m][n]  # a plain attribute, in no state_dict
+    else:
+        trained = list(merge(student, place, run.vectors))
+    changed = sum(int((v != places.before[m]).sum()) for m, v in extract(student, place, modules).items())
+    if not released and not changed:
+        raise ValueError("the merged student equals its base: raise init_std or lr, or load it in float32")
+    last = {"step": run.step, "split": "merge", "lr": 0.0, "loss": run.loss, "changed_weights": changed}
+    run.log.append({**last, **places.ties[-1], **_sizes(run.vectors, places.before)})
+    student.requires_grad_(True)
+    return trained
+
+
+def receiving(places: Places) -> tuple[int, ...]:
+    """The student layers that vectors are merged into, from 1."""
+    return tuple(sorted({layer for m in places.modules for layer, _ in places.selections[-1][m]}))
+
+
 def transfer(
     pair: Pair,
     data: TaskData,
@@ -383,94 +563,32 @@ def transfer(
         DivergedError: a loss that is not finite; its student is the base student.
     """
     config, start = config or TransferConfig(), time.perf_counter()
-    if not data.extract or not data.align or items < 1 or (steps is not None and steps < 1):
-        raise ValueError(
-            f"LaTen locates by extract examples and trains on align examples too: task {data.name} has "
-            f"{len(data.extract)} and {len(data.align)}; items={items} and steps={steps} count from 1"
-        )
-    rng, steps = random.Random(config.seed), steps or len(data.extract)
-    examples = rng.sample(data.extract, len(data.extract))[:steps]
-    located = [*examples, rng.choice(data.train or data.extract)]  # the last one is for validation and merge
-    ids = [_attributed(pair.tokenizer, e, config.max_length) for e in located]
-    own, align, validation = (
-        encode(pair.tokenizer, some, max_length=config.max_length)
-        for some in (examples, data.align, data.validation or data.align)
-    )
-
-    def locate(model: Model, tokens: Tensor) -> tuple[Selection, float]:
-        inside = trace_last(model, tokens[:-1], released=released)
-        scores = neuron_scores(model, inside, int(tokens[-1]), released=released)
-        return select(scores, depth, k_mlp, k_attention), tie_rate(scores)
-
-    student = pair.load_student()
-    depth, modules, part = len(decoder_layers(student)), transferable(student), projections(student)[0]
-    k_mlp, k_attention = int(ratio * part["down_proj"].in_features), int(ratio * part["o_proj"].in_features)
-    del student, part
-    gc.collect()
-    teacher = pair.load_teacher().eval()
-    depth, d_teacher = min(depth, len(decoder_layers(teacher))), head_weight(teacher).shape[1]
-    modules = tuple(m for m in modules if m in transferable(teacher))
-    given = [locate(teacher, tokens) for tokens in ids]
-    blocks = [{m: v.cpu() for m, v in extract(teacher, selection, modules).items()} for selection, _ in given]
-    del teacher
-    gc.collect()
-    student = pair.load_student().eval().requires_grad_(False)
-    sites = [locate(student, tokens) for tokens in ids]
-    place, before = sites[-1][0], extract(student, sites[-1][0], modules)
+    plan = planned(pair, data, config, steps, items)
+    student, places = locate(pair, plan.texts, ratio, released=released)
     inputs_s, begun = time.perf_counter() - start, time.perf_counter()
-
+    d_teacher, d_student = places.blocks[0][MODULES[0]].shape[-1], head_weight(student).shape[1]
     std = default_init_std(d_teacher, released=released) if init_std is None else init_std
-    net = HyperNet(modules, d_teacher, head_weight(student).shape[1], std=std, seed=config.seed, half=released)
+    net = HyperNet(places.modules, d_teacher, d_student, std=std, seed=config.seed, half=released)
     net.to(head_weight(student).device)
     optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.95), weight_decay=0.05)
-    teacher_tokens = student_tokens = sum(len(t) - 1 for t in ids)
-    log: list[dict[str, Any]] = [{"step": 0, "split": "validation", "lr": 0.0, "loss": _mean_loss(student, validation)}]
-    best, final, lowest = 0, dict[str, Tensor](), math.inf
-    with nullcontext() if released else _float32(student):
-        for step in range(1, steps + 1):
-            i, rate = (step - 1) % len(examples), one_cycle_rate(lr, step, steps)
-            draw = random.Random(step - 1 if released else f"{config.seed} {step}")
-            batch = [own[i], *draw.sample(align, min(items - 1, len(align)))]
-            vectors = net(blocks[i])
-            found = _injected_gradients(
-                student, sites[i][0], vectors, batch, penalty, 1.0 if released else 1 / len(batch)
-            )
-            if not math.isfinite(found["loss"]):
-                raise DivergedError(f"the loss of step {step} is {found['loss']}: lower lr={lr}", student)
-            ties = {"teacher_ties": given[i][1], "student_ties": sites[i][1]}
-            log.append({"step": step, "split": "train", "lr": rate, **found, **ties, **_sizes(vectors, before)})
-            optimizer.param_groups[0]["lr"] = rate
-            optimizer.step()
-            optimizer.zero_grad()
-            student_tokens += sum(len(e.input_ids) for e in batch)
-            with torch.no_grad(), inject(student, place, vectors := net(blocks[-1])):
-                loss = _mean_loss(student, validation)
-            log.append({"step": step, "split": "validation", "lr": rate, "loss": loss})
-            if not math.isfinite(loss):
-                raise DivergedError(f"the validation loss after step {step} is {loss}: lower lr={lr}", student)
-            if released or loss < lowest:
-                best, final, lowest = step, vectors, loss
-    trained: list[str] = []
-    if released:
-        for m, n, linear, _ in _sites(student, place, modules):
-            linear.delta = final[m][n]  # a plain attribute, in no state_dict
-    else:
-        trained = list(merge(student, place, final))
-    changed = sum(int((v != before[m]).sum()) for m, v in extract(student, place, modules).items())
-    if not released and not changed:
-        raise ValueError(f"the merged student equals its base: raise init_std={std} or lr={lr}, or load it in float32")
-    last = {"step": best, "split": "merge", "lr": 0.0, "loss": lowest, "changed_weights": changed}
-    log.append({**last, "teacher_ties": given[-1][1], "student_ties": sites[-1][1], **_sizes(final, before)})
+
+    def made(i: int) -> Vectors:
+        return net(places.blocks[i])
+
+    run = train(
+        student, plan, places, made, optimizer, lr=lr, penalty=penalty, seed=config.seed, released=released
+    )  # fmt: skip
+    trained = merged(student, places, run, released=released)
     cost = costs(
         wall_s=time.perf_counter() - start,
         inputs_s=inputs_s,
         train_s=time.perf_counter() - begun,
-        teacher_tokens=float(teacher_tokens),
-        student_tokens=float(student_tokens),
+        teacher_tokens=float(plan.located_tokens),
+        student_tokens=float(plan.located_tokens + run.tokens),
         trainable_parameters=float(sum(p.numel() for p in net.parameters())),
-        cached_bytes_per_token=sum(v.nbytes for b in blocks for v in b.values()) / teacher_tokens,
+        cached_bytes_per_token=sum(v.nbytes for b in places.blocks for v in b.values()) / plan.located_tokens,
     )
-    return TransferResult(student.requires_grad_(True), trained, cost, log)
+    return TransferResult(student, trained, cost, run.log, () if released else receiving(places))
 
 
 @torch.no_grad()

@@ -288,7 +288,7 @@ def extract(
     _check_fit(teacher, shapes)
     layers = select_layers(layer_scores(store, teacher), len(shapes), strategy, seed)
     stack, draw = _stack_name(teacher), random.Random(seed)
-    found = Extraction({}, layers, {}, {})
+    cut = Extraction({}, layers, {}, {})
     for i, (k, part) in enumerate(zip(layers, shapes, strict=True)):
         for name, (n, m) in part.items():
             source, row, column = f"{stack}.{k - 1}.{_path(name, i)}.weight", 0, 0
@@ -299,9 +299,9 @@ def extract(
                 row, column = draw.randint(0, weight.shape[0] - n), draw.randint(0, weight.shape[1] - m)
             block = weight[row : row + n, column : column + m].float()
             b, a = to_lora(block, rank)
-            found.adapters[name], found.windows[name] = (b.cpu(), a.cpu()), (row, column)
-            found.energy[name] = float(b.square().sum() / block.square().sum())  # A's rows are orthonormal
-    return found
+            cut.adapters[name], cut.windows[name] = (b.cpu(), a.cpu()), (row, column)
+            cut.energy[name] = float(b.square().sum() / block.square().sum())  # A's rows are orthonormal
+    return cut
 
 
 def window_shares(
@@ -342,11 +342,11 @@ def transfer(pair: Pair, data: TaskData, config: TransferConfig | None = None) -
     teacher = pair.load_teacher()
     _check_fit(teacher, shapes)  # before the long part
     store = sensitivity(teacher, encoded, device="cpu")
-    found = extract(teacher, shapes, store, rank=config.lora_rank, seed=config.seed)
+    cut = extract(teacher, shapes, store, rank=config.lora_rank, seed=config.seed)
     del teacher, store
     gc.collect()
     tokens, spent = sum(len(e.input_ids) for e in encoded), time.perf_counter() - start
-    facts = {"layers": found.layers, "windows": found.windows, "energy": found.energy}
+    facts = {"layers": cut.layers, "windows": cut.windows, "energy": cut.energy}
     tuned = replace(
         config,
         layers="all",
@@ -356,7 +356,7 @@ def transfer(pair: Pair, data: TaskData, config: TransferConfig | None = None) -
         layer_weight=0.0,
         output_loss="ce",
         lora_alpha=config.lora_rank,
-        adapters=found.adapters,
+        adapters=cut.adapters,
     )
     result = alignment.transfer(pair, data, tuned)
     result.cost["teacher_tokens"] += tokens

@@ -59,7 +59,7 @@ def transfer(
         ]
     del student
     gc.collect()
-    g_t, g_s = (found for found, _ in filters)
+    (g_t, teacher_loss), (g_s, student_loss) = filters
     spent = time.perf_counter() - start
     second = replace(
         config, layers=layers, teacher_layers=None, map=g_t, projection=g_s, layer_loss="mse",
@@ -69,7 +69,7 @@ def transfer(
     result.cost["wall_s"] += spent
     result.cost["teacher_tokens"] += of_teacher.teacher_tokens
     result.cost["trainable_parameters"] += g_t.numel()
-    losses = {"teacher_filter_loss": filters[0][1], "student_filter_loss": filters[1][1]}
+    losses = {"teacher_filter_loss": teacher_loss, "student_filter_loss": student_loss}
     return replace(result, log=[{"split": "filters", "width": width, **losses}, *result.log])
 
 

@@ -120,8 +120,8 @@ def batches(lengths: Sequence[int], size: int, seed: int, epoch: int) -> list[li
     order = np.random.default_rng((seed, epoch))
     shuffled = order.permutation(len(lengths)).tolist()
     pools = [sorted(shuffled[at : at + 8 * size], key=lambda i: lengths[i]) for at in range(0, len(shuffled), 8 * size)]
-    found = [pool[at : at + size] for pool in pools for at in range(0, len(pool), size)]
-    return [found[i] for i in order.permutation(len(found))]
+    epoch_batches = [pool[at : at + size] for pool in pools for at in range(0, len(pool), size)]
+    return [epoch_batches[i] for i in order.permutation(len(epoch_batches))]
 
 
 def scheduled_rate(config: TransferConfig, step: int, total: int) -> float:
