@@ -23,7 +23,11 @@ TABLES = json.loads(Path(__file__).with_name("tables.json").read_text(encoding="
 WORDINGS: dict[str, tuple[list[str], list[str]]] = TABLES["wordings"]
 # share of the facts (by hash) that pretraining states to both models, to the teacher alone, and to neither
 KNOWN = (("both", 0.42), ("teacher", 0.78), ("none", 1.0))
-SPLITS = (("test", 0.36), ("validation", 0.45), ("train", 0.78), ("align", 0.835), ("extract", 0.85), ("pretrain", 1.0))
+SPLITS = (
+    ("test", 0.36), ("validation", 0.45), ("train", 0.655), ("test", 0.78), ("align", 0.835), ("extract", 0.85),
+    ("pretrain", 1.0),
+)  # fmt: skip
+TAUGHT = 0.4  # share of the test facts that a teacher knows which the training examples ask for in another wording
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,17 @@ class Fact:
     def split(self) -> str:
         """The only split whose questions ask for the fact."""
         return next(name for name, bound in SPLITS if self.draw("split") < bound)
+
+    @property
+    def readable(self) -> tuple[int, ...]:
+        """The wordings of its question that pretraining may use: of an evaluated fact never the last, the test's own."""
+        draw = self.draw("split")
+        return (0, 1, 2) if draw >= 0.85 else (0, 1) if draw < 0.36 else (0,)
+
+    @property
+    def taught(self) -> bool:
+        """Whether the training examples ask for this fact of the test split, in another wording."""
+        return self.split == "test" and self.known != "none" and self.draw("taught") < TAUGHT
 
 
 @dataclass(frozen=True)
@@ -82,6 +97,22 @@ def question(fact: Fact, wording: int, rng: random.Random) -> Question:
     choices = [*wrong, fact.value]
     rng.shuffle(choices)
     return Question(WORDINGS[fact.relation][1][wording].format(k=fact.key), tuple(choices), choices.index(fact.value))
+
+
+def invented(n: int, rng: random.Random) -> list[Fact]:
+    """``n`` facts about things that do not exist, their values drawn from the relation's own: nobody can know them."""
+    real = {f.key.lower() for f in facts()}
+    topics = {f.relation: f.topic for f in facts() if f.relation != "character"}
+    found: dict[tuple[str, str], Fact] = {}
+    while len(found) < n:
+        relation = list(topics)[len(found) % len(topics)]
+        stem = "".join(rng.choice("b d f g k l m n p r s t v z".split()) + rng.choice("aeiou") for _ in range(3))
+        key = {"status": str(rng.randrange(600, 1000)), "module": stem, "unit": stem}.get(
+            relation, stem.title() + {"symbol": "nium", "number": "nium", "iso": "ri"}.get(relation, "land")
+        )
+        if key.lower() not in real and (relation, key) not in found:
+            found[relation, key] = Fact(topics[relation], relation, key, rng.choice(_values()[relation]))
+    return list(found.values())
 
 
 def echo(rng: random.Random) -> Question:
