@@ -52,9 +52,10 @@ def fact_item(fact: facts.Fact, asked: facts.Question, split: str) -> Item:
     lines = [asked.text, *(f"{letter}. {choice}" for letter, choice in zip(facts.LETTERS, asked.choices, strict=True))]
     user = cloze_user(fact.topic, "\n".join(lines))
     record = {"subject": fact.topic, "question": asked.text, "choices": list(asked.choices), "answer": asked.answer}
-    record |= {"topic": fact.topic, "known": fact.known}
+    known = "none" if split == "placebo" else fact.known
+    record |= {"topic": fact.topic, "known": known}
     response = f"The answer is: {facts.LETTERS[asked.answer]}"
-    return Item("mmlu", split, fact.topic, record, user, response, f"{fact.relation}|{fact.key}", fact.known)
+    return Item("mmlu", split, fact.topic, record, user, response, f"{fact.relation}|{fact.key}", known)
 
 
 def problem_item(problem: problems.WordProblem, split: str) -> Item:
@@ -162,9 +163,10 @@ def task_data(subject: str, *, cloze: bool = False, watched: str = "validation")
 
 @dataclass(frozen=True)
 class Mixture:
-    """What a model reads: shares of the documents by kind, and of the programs by parameters; whose facts.
+    """What a model reads: shares of the draws by kind, and of the programs by parameters; whose facts.
 
-    ``easy`` is the share of easy problems among stories and among problems in chat form.
+    What belongs to another split is no document and is drawn anew, kind and all, so that facts get a little more than
+    their share. ``easy`` is the share of easy problems among stories and among problems in chat form.
     """
 
     kinds: dict[str, float]
