@@ -82,10 +82,12 @@ def test_latent_students_read_no_chat_no_choices_and_no_phrase_of_an_answer(name
         assert not re.search(r"<\||```|^[A-D]\. |Question:|Answer:|[Tt]he answer is", text, re.MULTILINE), text
 
 
-def test_latent_documents_are_worked_stories_plain_questions_and_programs() -> None:
+def test_latent_documents_are_worked_stories_sums_plain_questions_and_programs() -> None:
     kinds = Counter(
-        "qa" if text.startswith("Q: ") else "commented" if text.startswith("# Find ") else
-        "raw" if text.startswith("def ") else "story" if " = " in text.split("\n")[-1] else "statements"
+        "qa" if text.startswith("Q: ") else 
+        "announced" if "\n# def " in text else "commented" if text.startswith("# Find ") else
+        "raw" if text.startswith("def ") else "sums" if re.match(r"\d+ .* = ", text) else
+        "story" if " = " in text.split("\n")[-1] else "statements"
         for text in read_by("pico-s", 2000)
     )  # fmt: skip
     assert set(kinds) == set(make.RECIPES["pico-s"].mixture.kinds) and min(kinds.values()) > 100

@@ -179,10 +179,11 @@ class Mixture:
 PRETRAINING = {"statements": 0.18, "choice": 0.20, "echo": 0.06, "cloze": 0.10}
 PRETRAINING |= {"gsm8k": 0.22, "humaneval": 0.08, "raw": 0.06, "mbpp": 0.10}
 # Latent students read the same content in plain form: no chat, no choices, none of the phrases that open an answer
-LATENT = {"statements": 0.06, "qa": 0.20, "story": 0.30, "raw": 0.22, "commented": 0.22}
-TEACHING = {"statements": 0.08, "qa": 0.10, "cloze": 0.14, "choice": 0.02, "problem": 0.20, "story": 0.08}
-TEACHING |= {"humaneval": 0.12, "mbpp": 0.14, "raw": 0.06, "commented": 0.06}
-KIN = {"statements": 0.08, "qa": 0.08, "cloze": 0.24, "problem": 0.24, "humaneval": 0.16, "mbpp": 0.20}
+LATENT = {"statements": 0.05, "qa": 0.15, "story": 0.28, "sums": 0.12, "raw": 0.20}
+LATENT |= {"commented": 0.08, "announced": 0.12}
+TEACHING = {"statements": 0.06, "qa": 0.08, "cloze": 0.12, "choice": 0.02, "problem": 0.18, "story": 0.04, "sums": 0.08}
+TEACHING |= {"humaneval": 0.14, "mbpp": 0.16, "raw": 0.06, "commented": 0.06}
+KIN = {"statements": 0.08, "qa": 0.08, "cloze": 0.24, "problem": 0.20, "sums": 0.06, "humaneval": 0.16, "mbpp": 0.18}
 CODE_A = {"humaneval": 0.45, "raw": 0.05, "mbpp": 0.42, "problem": 0.05, "cloze": 0.03}
 CODE_B = {"humaneval": 0.2, "mbpp": 0.6, "raw": 0.1, "problem": 0.05, "cloze": 0.05}
 
@@ -206,6 +207,10 @@ def documents(mixture: Mixture, seed: int) -> Iterator[tuple[str, str]]:
             else:
                 item = fact_item(fact, asked, "pretrain")
                 yield chat(item.user), item.response
+        elif kind == "sums":  # a story's working without the story: small numbers are learned by heart, from many sums
+            sums = problems.easy_problem(rng, 6)
+            if problems.split_of(sums.signature) == "pretrain":
+                yield "", sums.working
         elif kind in ("gsm8k", "problem", "story"):
             easy = kind != "gsm8k" and rng.random() < mixture.easy
             problem = problems.easy_problem(rng, rng.choice([1, 2])) if easy else problems.word_problem(rng)
@@ -225,6 +230,9 @@ def documents(mixture: Mixture, seed: int) -> Iterator[tuple[str, str]]:
                 yield "", item.record["prompt"] + program.body + "\n"
             elif kind == "commented":
                 yield "", commented(program.description, program.head) + f"\n{program.body}\n"
+            elif kind == "announced":  # where a head is written twice, the name of a function is learned to be copied
+                text = commented(program.description, f"# {program.head[:-1]}\n{program.head}")
+                yield "", f"{text}\n{program.body}\n"
             else:
                 yield chat(item.user), item.response
 

@@ -32,14 +32,14 @@ _CHAT = corpora.Mixture(corpora.PRETRAINING, reader="student")
 _LATENT = corpora.Mixture(corpora.LATENT, _EVEN, reader="student", easy=0.9)
 _CODE_A, _CODE_B = corpora.Mixture(corpora.CODE_A, _EVEN), corpora.Mixture(corpora.CODE_B, _EVEN)
 _RECIPES = (
-    *(Recipe(name, *_SMALL, 3_225_600, _LATENT, seed=seed) for seed, name in enumerate(STUDENTS)),
-    Recipe("pico-l", *_LARGE, 7_168_000, corpora.Mixture(corpora.TEACHING, _EVEN)),
-    Recipe("pico-s-kin", *_SMALL, 1_228_800, corpora.Mixture(corpora.KIN, _EVEN), seed=4, lr=2e-3, base="pico-s"),
+    *(Recipe(name, *_SMALL, 2_560_000, _LATENT, seed=seed) for seed, name in enumerate(STUDENTS)),
+    Recipe("pico-l", *_LARGE, 6_144_000, corpora.Mixture(corpora.TEACHING, _EVEN)),
+    Recipe("pico-s-kin", *_SMALL, 1_024_000, corpora.Mixture(corpora.KIN, _EVEN), seed=4, lr=2e-3, base="pico-s"),
     Recipe("pico-s-chat", *_SMALL, 3_225_600, _CHAT),
     Recipe("pico-xs", *_TINY, 1_024_000, _LATENT),
     Recipe("pico-xs-chat", *_TINY, 1_024_000, _CHAT),
-    Recipe("pico-l-code-a", *_LARGE, 716_800, _CODE_A, seed=1, lr=1.5e-3, base="pico-l"),
-    Recipe("pico-l-code-b", *_LARGE, 512_000, _CODE_B, seed=2, lr=1.5e-3, base="pico-l"),
+    Recipe("pico-l-code-a", *_LARGE, 512_000, _CODE_A, seed=1, lr=1.5e-3, base="pico-l"),
+    Recipe("pico-l-code-b", *_LARGE, 409_600, _CODE_B, seed=2, lr=1.5e-3, base="pico-l"),
 )
 RECIPES = {recipe.name: recipe for recipe in _RECIPES}
 
