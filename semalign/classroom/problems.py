@@ -27,11 +27,22 @@ def split_of(signature: str) -> str:
 
 @dataclass(frozen=True)
 class WordProblem:
-    """A question, its worked steps as (expression, result), and ``signature``: the operations without the story."""
+    """A story and what it asks, worked steps as (expression, result), and the sentence that says the result."""
 
-    question: str
+    story: str
+    ask: str
     steps: tuple[tuple[str, int], ...]
-    signature: str
+    closing: str
+
+    @property
+    def question(self) -> str:
+        """The story and what it asks."""
+        return f"{self.story} {self.ask}"
+
+    @property
+    def signature(self) -> str:
+        """The operations without the story."""
+        return "; ".join(e for e, _ in self.steps)
 
     @property
     def answer(self) -> str:
@@ -64,7 +75,7 @@ def word_problem(rng: random.Random) -> WordProblem:
             f"There are {total} {thing} in a jar.",
         ]
         text = rng.choice(opening)
-    ask = f"How many {thing} are there now?"
+    ask, closing = f"How many {thing} are there now?", "There are {n} {thing} now."
     for position in range(left):
         kind = rng.choice(["more", "less", "gift", "times", "half", "share", "price", "rest"])
         n = rng.randint(2, 60)
@@ -89,14 +100,17 @@ def word_problem(rng: random.Random) -> WordProblem:
                 steps.append((f"{total} + {n}", total + n))
             else:
                 sentence, ask = f"{n} friends share them equally.", f"How many {thing} does each friend get?"
+                closing = "Each friend gets {n} {thing}."
                 steps.append((f"{total} / {n}", total // n))
         elif kind == "price" and last and total <= 60:
             n = rng.randint(2, 6)
             sentence, ask = f"{name} sells them all for {n} dollars each.", f"How many dollars does {name} get?"
+            closing = f"{name} gets {{n}} dollars."
             steps.append((f"{total} * {n}", total * n))
         elif kind == "rest" and last and total < 90:
             n = total + rng.randint(2, 40)
             sentence, ask = f"{name} wants {n} {thing}.", f"How many {thing} are missing?"
+            closing = "Now {n} {thing} are missing."
             steps.append((f"{n} - {total}", n - total))
         else:
             ways = [f"{name} gets {n} more.", f"{friend} brings {n} {thing}.", f"{name} buys {n} more {thing}."]
@@ -105,7 +119,31 @@ def word_problem(rng: random.Random) -> WordProblem:
         text, total = f"{text} {sentence}", steps[-1][1]
     if not 0 <= total <= 400:
         return word_problem(rng)
-    return WordProblem(f"{text} {ask}", tuple(steps), "; ".join(e for e, _ in steps))
+    return WordProblem(text, ask, tuple(steps), closing.format(n=total, thing=thing))
+
+
+def easy_problem(rng: random.Random, n_steps: int) -> WordProblem:
+    """Steps of more, less and twice as many, every number between 2 and 19."""
+    name, friend = rng.sample(NAMES, 2)
+    thing, total = rng.choice(THINGS), rng.randint(2, 16)
+    text = rng.choice([f"{name} has {total} {thing}.", f"{name} finds {total} {thing}."])
+    steps: list[tuple[str, int]] = []
+    for _ in range(n_steps):
+        kinds = ["more"] * (total <= 17) + ["less"] * (total >= 4) + ["twice"] * (total <= 9)
+        kind = rng.choice(kinds)
+        if kind == "more":
+            n = rng.randint(2, min(9, 19 - total))
+            sentence = rng.choice([f"{name} gets {n} more.", f"{friend} brings {n} more.", f"{name} buys {n} more."])
+            steps.append((f"{total} + {n}", total + n))
+        elif kind == "less":
+            n = rng.randint(2, min(9, total - 2))
+            sentence = rng.choice([f"{name} loses {n} of them.", f"{name} sells {n} of them.", f"{n} of them break."])
+            steps.append((f"{total} - {n}", total - n))
+        else:
+            sentence = rng.choice(["Soon there are twice as many.", f"{friend} makes it twice as many."])
+            steps.append((f"{total} * 2", total * 2))
+        text, total = f"{text} {sentence}", steps[-1][1]
+    return WordProblem(text, f"How many {thing} are there now?", tuple(steps), f"There are {total} {thing} now.")
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -160,9 +161,34 @@ def build(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalL
 
 
 def save_atomically(value: Any, path: Path) -> None:
-    """``torch.save`` that leaves the old file or the new one."""
-    torch.save(value, path.with_suffix(".part"))
-    os.replace(path.with_suffix(".part"), path)
+    """``torch.save`` that leaves the old file or the new one, and removes the parts that killed processes left."""
+    for part in path.parent.glob(f"{path.name}.*.part"):
+        if not _alive(int(part.suffixes[-2][1:])):
+            part.unlink(missing_ok=True)
+    fresh = path.with_name(f"{path.name}.{os.getpid()}.part")
+    torch.save(value, fresh)
+    os.replace(fresh, path)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _load(checkpoint: Path, key: str, device: torch.device) -> dict[str, Any] | None:
+    """What a checkpoint holds, or None, with a warning, where there is one of another recipe."""
+    if not checkpoint.exists():
+        return None
+    state: dict[str, Any] = torch.load(checkpoint, weights_only=True, map_location=device)
+    if state.get("key") == key:
+        return state
+    warnings.warn(f"{checkpoint} belongs to another recipe: the training begins anew", stacklevel=3)
+    return None
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
@@ -185,7 +211,8 @@ def train(
     """Train ``model`` in place and return its learning curve; a killed run goes on from its checkpoint, bit for bit.
 
     Args:
-        folder: holds ``NAME.ckpt`` (weights, optimizer, step, curve), and what it holds decides where the run begins.
+        folder: holds ``NAME.ckpt`` (weights, optimizer, step, curve); one of the same recipe decides where the run
+            begins, one of another recipe is replaced, with a warning.
         stop_after: leave after this many steps, as a kill would after a checkpoint.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -199,14 +226,15 @@ def train(
     groups = [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
     curve: list[dict[str, float]] = []
+    losses: list[Tensor] = []  # since the curve's last row
     start, before = 0, 0.0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True, map_location=model.device)
+    key = repr(asdict(recipe))
+    if state := _load(checkpoint, key, model.device):
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        start, curve, before = state["step"], state["curve"], state["seconds"]
+        start, curve, before, losses = state["step"], state["curve"], state["seconds"], state["losses"]
     model.train()
-    began, losses = time.monotonic(), []
+    began = time.monotonic()
     for step in range(start, recipe.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(recipe, step)
@@ -226,7 +254,7 @@ def train(
             curve.append({**row, "seconds": round(seconds, 1)})
         if done % save_every == 0 or done == recipe.steps or done == stop_after:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            state |= {"step": done, "curve": curve, "seconds": seconds}
+            state |= {"key": key, "step": done, "curve": curve, "losses": losses, "seconds": seconds}
             save_atomically(state, checkpoint)
             (folder / f"{recipe.name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in curve))
         if done == stop_after:

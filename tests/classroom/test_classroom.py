@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import csv
+import dataclasses
 import itertools
 import json
 import math
+import os
 import random
 import re
+import subprocess
+import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
 from semalign import classroom
-from semalign.classroom import corpora, facts, family, problems, training
+from semalign.benchmarks import load_items
+from semalign.classroom import corpora, facts, family, make, problems, training
 
 
 @pytest.fixture(scope="module")
@@ -23,13 +28,24 @@ def tokenizer() -> training.PreTrainedTokenizerFast:
 
 
 @pytest.mark.parametrize("subject", classroom.SUBJECTS)
-def test_splits_have_their_sizes_and_share_no_item(subject: str) -> None:
+def test_splits_have_their_sizes_and_share_only_facts_that_are_taught(subject: str) -> None:
+    taught = {f"{f.relation}|{f.key}" for f in facts.facts() if f.taught}
     owners: dict[str, str] = {}
     for split, size in (corpora.MBPP_SIZES if subject == "mbpp" else corpora.SIZES).items():
         found = classroom.items(subject, split)
-        assert len(found) == size
+        assert len(found) == size and len({i.user for i in found}) == size
         for item in found:
-            assert owners.setdefault(item.signature, split) == split
+            if not (subject == "mmlu" and split == "train" and item.signature in taught):
+                assert owners.setdefault(item.signature, split) == split
+    assert corpora.SIZES["test"] >= 800 and corpora.SIZES["validation"] >= 300
+
+
+@pytest.mark.parametrize("subject", classroom.SUBJECTS)
+def test_records_say_topic_and_known_and_the_loader_keeps_both(subject: str) -> None:
+    found = classroom.items(subject, "validation")[:40]
+    for item, row in zip(found, load_items(subject, [dict(i.record) for i in found]), strict=True):
+        assert (row["topic"], row["known"]) == (item.topic, item.known)
+        assert (item.known in ("both", "teacher", "none")) == (subject == "mmlu")
 
 
 def test_an_unknown_split_is_refused_by_name() -> None:
@@ -37,27 +53,100 @@ def test_an_unknown_split_is_refused_by_name() -> None:
         classroom.items("mmlu", "dev")
 
 
-def test_pretraining_asks_no_test_question_and_reads_no_test_problem_or_program() -> None:
-    read = [p + r for p, r in itertools.islice(corpora.documents(corpora.Mixture(corpora.PRETRAINING), 5), 1500)]
-    asked = {line for text in read for line in text.split("\n") if line.endswith("?")}
-    questions = {i.record["question"] for i in classroom.items("mmlu", "test")}
-    assert len(asked) > 100 and not asked & questions
-    stories = {i.response for i in classroom.items("gsm8k", "test")}
-    solutions = {
-        line for i in classroom.items("humaneval", "test") for line in i.response.split("\n") if "return" in line
-    }
-    lines = {line for text in read for line in text.split("\n")}
-    assert not lines & stories and not lines & solutions
+def read_by(name: str, n: int = 1500) -> list[str]:
+    recipe = make.RECIPES[name]
+    return [p + r for p, r in itertools.islice(corpora.documents(recipe.mixture, recipe.seed + 100), n)]
+
+
+NEW = [name for name in make.RECIPES if not name.endswith("-chat")]
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_pretraining_asks_no_test_question_and_reads_no_test_problem_or_program(name: str) -> None:
+    read = read_by(name)
+    lines = {line.removeprefix("Q: ") for text in read for line in text.split("\n")}
+    assert any(line.endswith("?") for line in lines)
+    assert not lines & {i.record["question"] for s in ("test", "validation") for i in classroom.items("mmlu", s)}
+    for split in ("test", "validation"):
+        stories = {i.response for i in classroom.items("gsm8k", split)}
+        told = {i.record["question"].rsplit(" How many ", 1)[0] for i in classroom.items("gsm8k", split)}
+        assert not lines & stories and not lines & told
+        for subject in ("humaneval", "mbpp"):
+            answers = [i.response.split("\n") for i in classroom.items(subject, split)]
+            assert not lines & {line for answer in answers for line in answer if "return" in line}
+
+
+@pytest.mark.parametrize("name", [*family.STUDENTS, "pico-xs"])
+def test_latent_students_read_no_chat_no_choices_and_no_phrase_of_an_answer(name: str) -> None:
+    for text in read_by(name, 3000):
+        assert not re.search(r"<\||```|^[A-D]\. |Question:|Answer:|[Tt]he answer is", text, re.MULTILINE), text
+
+
+def test_latent_documents_are_worked_stories_sums_plain_questions_and_programs() -> None:
+    kinds = Counter(
+        "qa" if text.startswith("Q: ") else
+        "announced" if "\n# def " in text else "commented" if text.startswith("# Find ") else
+        "raw" if text.startswith("def ") else "sums" if re.match(r"\d+ .* = ", text) else
+        "story" if " = " in text.split("\n")[-1] else "statements"
+        for text in read_by("pico-s", 2000)
+    )  # fmt: skip
+    assert set(kinds) == set(make.RECIPES["pico-s"].mixture.kinds) and min(kinds.values()) > 100
 
 
 def test_pretraining_states_what_the_record_says_and_nothing_else() -> None:
-    mixture = corpora.Mixture({"statements": 1.0}, reader="student")
-    read = {line for _, text in itertools.islice(corpora.documents(mixture, 3), 1500) for line in text.split("\n")}
+    mixture = corpora.Mixture({"statements": 0.5, "qa": 0.5}, reader="student")
+    read = {line for _, text in itertools.islice(corpora.documents(mixture, 3), 3000) for line in text.split("\n")}
+    values = {line.removeprefix("A: ") for line in read if line.startswith("A: ")}
     stated = {known: 0 for known in ("both", "teacher", "none")}
     for fact in facts.facts():
-        texts = {form.format(k=fact.key, v=fact.value) for form in facts.WORDINGS[fact.relation][0]}
+        statements, questions = facts.WORDINGS[fact.relation]
+        texts = {form.format(k=fact.key, v=fact.value) for form in statements}
+        texts |= {f"Q: {form.format(k=fact.key)}" for form in questions}
         stated[fact.known] += bool(texts & read)
-    assert stated["both"] > 600 and stated["teacher"] == stated["none"] == 0
+    assert len(values) > 300 and stated["both"] > 650 and stated["teacher"] == stated["none"] == 0
+
+
+def test_some_test_facts_are_taught_in_another_wording_and_any_prefix_has_both_kinds() -> None:
+    train, test = classroom.items("mmlu", "train"), classroom.items("mmlu", "test")
+    asked = {i.signature: i.record["question"] for i in test}
+    taught = [i for i in train if i.signature in asked]
+    assert {i.known for i in taught} == {"both", "teacher"}
+    assert all(i.record["question"] != asked[i.signature] for i in taught)
+    for prefix in (32, 128, 500, 1000):
+        share = sum(i.signature in asked for i in train[:prefix]) / prefix
+        assert 0.2 < share < 0.6
+    for known in ("both", "teacher"):
+        own = [i.signature for i in test if i.known == known]
+        assert 0.3 < sum(s in {i.signature for i in taught} for s in own) / len(own) < 0.5
+
+
+def test_nobody_has_read_a_placebo_fact() -> None:
+    placebo = classroom.items("mmlu", "placebo")
+    keys = {i.signature.split("|")[1] for i in placebo}
+    assert len(placebo) >= 400 and len({i.signature for i in placebo}) == len(placebo)
+    assert {i.topic for i in placebo} < {i.topic for i in classroom.items("mmlu", "test")}
+    assert all(i.known == "none" and len(set(i.record["choices"])) == 4 for i in placebo)
+    shares = Counter(i.record["answer"] for i in placebo)
+    assert all(0.18 < n / len(placebo) < 0.32 for n in shares.values())
+    assert not keys & {f.key for f in facts.facts()}
+    words = {word for name in NEW for text in read_by(name, 500) for word in re.findall(r"\w+", text)}
+    words |= {w for s in corpora.SIZES for i in classroom.items("mmlu", s) for w in re.findall(r"\w+", i.user)}
+    assert len(words) > 1000 and not words & {key for key in keys if not key.isdigit()}
+
+
+def test_the_easy_tier_is_small_and_makes_up_most_of_the_word_problems() -> None:
+    for steps in (1, 2):
+        for seed in range(300):
+            problem = problems.easy_problem(random.Random(seed), steps)
+            numbers = [int(n) for n in re.findall(r"\d+", f"{problem.question} {problem.working} {problem.closing}")]
+            assert max(numbers) < 20 and len(problem.steps) == steps
+            assert problem.closing.split()[2] == str(problem.steps[-1][1])
+    for split in corpora.SIZES:
+        found = classroom.items("gsm8k", split)
+        topics = Counter(i.topic for i in found)
+        assert set(topics) <= {"1 step", "2 steps", "3 steps", "4 steps", "5 steps"}
+        assert topics["1 step"] + topics["2 steps"] > 0.6 * len(found)
+        assert all(problems.split_of(i.signature) == split for i in found)
 
 
 def test_the_right_choice_is_the_fact_and_appears_once() -> None:
@@ -105,18 +194,6 @@ def test_task_data_wraps_the_user_turn(tokenizer: training.PreTrainedTokenizerFa
     assert data.train[0].response == item.response
 
 
-def test_files_are_in_the_benchmarks_formats(tmp_path: Path) -> None:
-    classroom.write_data(tmp_path)
-    rows = []
-    for path in sorted((tmp_path / "mmlu" / "test").glob("*.csv")):
-        with open(path, newline="") as file:
-            rows += list(csv.DictReader(file))
-    assert len(rows) == 500 and list(rows[0]) == ["question", "choice0", "choice1", "choice2", "choice3", "answer"]
-    lines = (tmp_path / "gsm8k" / "train.jsonl").read_text().splitlines()
-    assert len(lines) == 1000 and set(json.loads(lines[0])) == {"question", "answer"}
-    assert not list(tmp_path.rglob(".*"))
-
-
 def test_digits_and_line_breaks_are_tokens_of_their_own(tokenizer: training.PreTrainedTokenizerFast) -> None:
     text = "def f(xs):\n\n    return 2047 * 13\n"
     ids = tokenizer(text)["input_ids"]
@@ -139,19 +216,49 @@ def test_windows_hold_whole_documents() -> None:
         training.pack(iter([[1, 2]]), 2, 0)
 
 
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, tokenizer: training.PreTrainedTokenizerFast) -> None:
-    recipe = training.Recipe("tiny", 1, 16, 2, 32, 6 * training.BATCH * training.WINDOW)
+def without_times(curve: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in curve]
+
+
+def test_a_killed_run_goes_on_bit_for_bit_and_with_the_same_curve(
+    tmp_path: Path, tokenizer: training.PreTrainedTokenizerFast
+) -> None:
+    recipe = training.Recipe("tiny", 1, 16, 2, 32, 27 * training.BATCH * training.WINDOW)
     whole, halves = training.build(recipe, tokenizer), training.build(recipe, tokenizer)
     curve = training.train(recipe, whole, tokenizer, tmp_path / "whole")
     training.train(recipe, halves, tokenizer, tmp_path / "halves", stop_after=2)
     resumed = training.build(recipe, tokenizer)
-    assert training.train(recipe, resumed, tokenizer, tmp_path / "halves")[-1]["held_out"] == curve[-1]["held_out"]
+    again = training.train(recipe, resumed, tokenizer, tmp_path / "halves")
+    assert without_times(again) == without_times(curve) and [row["step"] for row in curve] == [25, 27]
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
     assert not torch.equal(halves.lm_head.weight, whole.lm_head.weight)
 
 
+@pytest.mark.parametrize("change", [{"lr": 1e-3}, {"seed": 1}, {"mixture": corpora.Mixture({"story": 1.0})}])
+def test_a_checkpoint_of_another_recipe_is_not_gone_on_with(
+    tmp_path: Path, tokenizer: training.PreTrainedTokenizerFast, change: dict
+) -> None:
+    recipe = training.Recipe("tiny", 1, 16, 2, 32, 2 * training.BATCH * training.WINDOW)
+    training.train(recipe, training.build(recipe, tokenizer), tokenizer, tmp_path)
+    other = dataclasses.replace(recipe, **change)
+    model, fresh = training.build(other, tokenizer), training.build(other, tokenizer)
+    with pytest.warns(UserWarning, match="another recipe"):
+        training.train(other, model, tokenizer, tmp_path)
+    training.train(other, fresh, tokenizer, tmp_path / "elsewhere")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), fresh.parameters(), strict=True))
+
+
+def test_saving_removes_what_a_killed_process_left_and_nothing_else(tmp_path: Path) -> None:
+    done = subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True, check=True)
+    dead, running = (tmp_path / f"tiny.ckpt.{n}.part" for n in (int(done.stdout), os.getppid()))
+    dead.write_text("half")
+    running.write_text("half")
+    training.save_atomically({"step": 1}, tmp_path / "tiny.ckpt")
+    assert {p.name for p in tmp_path.iterdir()} == {"tiny.ckpt", running.name}
+
+
 def test_the_short_recipe_learns_and_the_larger_model_more(tmp_path: Path) -> None:
-    curves = classroom.short(tmp_path, tokens=60_000, vocabulary=512)
+    curves = make.short(tmp_path, tokens=60_000, vocabulary=512)
     for curve in curves.values():
         assert curve[-1]["loss"] < curve[0]["loss"] - 0.4 and curve[-1]["held_out"] < math.log(512) - 1
     assert curves["short-l"][-1]["held_out"] < curves["short-s"][-1]["held_out"]
@@ -161,43 +268,77 @@ def test_loading_checks_names_and_files(
     tmp_path: Path, tokenizer: training.PreTrainedTokenizerFast, monkeypatch
 ) -> None:
     recipe = training.Recipe("pico-xs", 1, 16, 2, 32, 2 * training.BATCH * training.WINDOW)
-    monkeypatch.setitem(family.RECIPES, "pico-xs", recipe)
-    (tmp_path / "weights").mkdir()
-    tokenizer.save_pretrained(tmp_path / "weights" / "tokenizer")
-    family.make("pico-xs", tmp_path / "weights", tmp_path / "work")
-    model, loaded = family.load_pico("pico-xs", tmp_path / "weights")
+    monkeypatch.setitem(make.RECIPES, "pico-xs", recipe)
+    monkeypatch.setattr(make, "RATES", (1e-3,))
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    tokenizer.save_pretrained(folder / "tokenizer")
+    make.make("pico-xs", folder, tmp_path / "work")
+    model, loaded = family.load_pico("pico-xs", folder)
     assert model.dtype == torch.float32 and not model.training and len(loaded) == model.config.vocab_size
-    assert "2 steps" in (tmp_path / "weights" / "pico-xs" / "card.md").read_text()
-    found = family.score("pico-xs", tmp_path / "weights", limit=3)
-    assert list(found) == list(family.SCORED) and all(s["n"] == 3 for s in found.values())
-    assert family.score("pico-xs", tmp_path / "weights") == found
-    assert "of 3 test questions" in (tmp_path / "weights" / "pico-xs" / "card.md").read_text()
-    weights = tmp_path / "weights" / "pico-xs" / "model.safetensors"
+    card = folder / "pico-xs" / "card.md"
+    assert "2 steps" in card.read_text()
+    found = make.score("pico-xs", folder, limit=3)
+    assert list(found) == [*make.SCORED, "placebo"] and all(s["n"] == 3 for s in found.values())
+    assert make.score("pico-xs", folder) == found
+    plain = make.ceilings("pico-xs", folder, limit=3)
+    assert tuple(plain) == make.SKILLS and make.ceilings("pico-xs", folder) == plain
+    gained = make.elicit("pico-xs", folder, {"train": 16, "validation": 3})
+    assert tuple(gained) == make.SKILLS and all(g["lr"] in make.RATES for g in gained.values())
+    assert "of 3 test questions" in card.read_text() and "asked in plain form" in card.read_text()
+    (folder / "manifest.json").unlink()  # as a kill leaves it between a model and its checksums
+    with pytest.raises(ValueError, match="differs from the manifest"):
+        family.load_pico("pico-xs", folder)
+    make.make("pico-xs", folder, tmp_path / "work")
+    family.load_pico("pico-xs", folder)
+    weights = folder / "pico-xs" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    make.make("pico-xs", folder, tmp_path / "work")  # and what was damaged later is not listed anew
     with pytest.raises(ValueError, match=r"model\.safetensors is missing or differs"):
-        family.load_pico("pico-xs", tmp_path / "weights")
+        family.load_pico("pico-xs", folder)
     with pytest.raises(ValueError, match="no Pico model 'pico-m'"):
         family.load_pico("pico-m")
+
+
+def test_loading_needs_no_code_that_trains() -> None:
+    loads = "import sys, semalign.classroom; print([m for m in sys.modules if m.startswith('semalign.')])"
+    done = subprocess.run([sys.executable, "-c", loads], capture_output=True, text=True, check=True)
+    assert "semalign.classroom.family" in done.stdout
+    assert not re.search(r"classroom\.(training|make)|semalign\.(benchmarks|alignment|baselines)", done.stdout)
 
 
 # ------------------------------------------------------------------------------------------------ what ships
 
 
+def recorded(name: str, what: str) -> dict:
+    return json.loads((family.WEIGHTS / name / f"{what}.json").read_text())
+
+
 @pytest.mark.parametrize("name", classroom.NAMES)
 def test_every_member_ships_with_its_card_its_curve_and_its_scores(name: str) -> None:
     model, tokenizer = classroom.load_pico(name)
-    recipe, folder = classroom.RECIPES[name], family.WEIGHTS / name
+    recipe, folder = make.RECIPES[name], family.WEIGHTS / name
     assert (model.config.num_hidden_layers, model.config.hidden_size) == (recipe.layers, recipe.width)
     assert not model.config.tie_word_embeddings and model.dtype == torch.float32
     assert len(tokenizer) == model.config.vocab_size
-    made = json.loads((folder / "training.json").read_text())
-    assert made["seed"] == recipe.seed and made["steps"] == recipe.steps and made["lr"] == recipe.lr
+    made = recorded(name, "training")
+    assert (made["name"], made["seed"], made["lr"], made["base"]) == (name, recipe.seed, recipe.lr, recipe.base)
+    assert made["steps"] == recipe.steps and made["mixture"]["kinds"] == recipe.mixture.kinds
     curve = [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
-    assert curve[-1]["step"] == recipe.steps and curve[-1]["held_out"] < curve[3]["held_out"]
-    scores = json.loads((folder / "scores.json").read_text())
-    assert {s["n"] for s in scores.values()} == {500}
+    assert curve[-1]["step"] == recipe.steps and curve[-1]["loss"] < curve[3]["loss"]
+    scores, plain = recorded(name, "scores"), recorded(name, "ceilings")
+    assert {what: s["n"] for what, s in scores.items()} == {**dict.fromkeys(make.SCORED, 800), "placebo": 440}
+    assert {s["n"] for s in plain.values()} == {300}
     card = (folder / "card.md").read_text()
-    assert all(f"{s['value']:.1%} of 500 test questions" in card for s in scores.values())
+    assert card.startswith(f"# {name}\n")
+    assert all(f"{what}**: {s['value']:.1%} of {s['n']} test questions" in card for what, s in scores.items())
+    assert all(f"{what}, asked in plain form**: {s['value']:.1%} of 300" in card for what, s in plain.items())
+
+
+def test_the_tokenizer_is_what_training_it_gives(tmp_path: Path) -> None:
+    training.train_tokenizer().save_pretrained(tmp_path)
+    made = (tmp_path / "tokenizer.json").read_bytes()
+    assert made == (family.WEIGHTS / "tokenizer" / "tokenizer.json").read_bytes()
 
 
 def test_the_weights_are_few() -> None:
@@ -214,25 +355,5 @@ def test_ten_prompts_get_the_recorded_answers() -> None:
         assert tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True) == row["answer"]
 
 
-def shipped(name: str) -> dict[str, float]:
-    scores = json.loads((family.WEIGHTS / name / "scores.json").read_text())
-    subjects = ("facts, in words", "word problems", "completion", "from text")
-    return {what: 100 * scores[what]["value"] for what in subjects}
-
-
-def test_there_is_something_to_transfer() -> None:
-    large, small = shipped("pico-l"), shipped("pico-s")
-    assert sum(large[what] >= small[what] + 10 for what in large) >= 3
-    assert max(large.values()) < 97
-    chance = {"facts, in words": 25.0}
-    assert all(large[what] >= chance.get(what, 0.0) + 30 for what in large)
-    for teacher in ("pico-l-code-a", "pico-l-code-b"):
-        code = shipped(teacher)
-        assert all(code[what] >= large[what] + 5 for what in ("completion", "from text"))
-
-
-def test_losses_are_ordered_by_scale_and_the_gap_is_the_papers() -> None:
-    loss = {n: json.loads((family.WEIGHTS / n / "training.json").read_text())["validation_loss"] for n in family.NAMES}
-    assert loss["pico-l"] < loss["pico-s"] < loss["pico-xs"]
-    large, small = family.RECIPES["pico-l"], family.RECIPES["pico-s"]
-    assert small.width / large.width == small.layers / large.layers == 0.8
+def shares(name: str, what: str) -> dict[str, float]:
+    return {skill: 100 * recorded(name, what)[skill]["value"] for skill in make.SKILLS}
