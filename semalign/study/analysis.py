@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from semalign.lm.examples import Encoded, collate, supervised
+from semalign.lm.examples import IGNORED, Encoded, collate, supervised
 from semalign.lm.hooks import capture, logits_of
 from semalign.lm.parts import Model, decoder, decoder_layers
 from semalign.supervision import SupervisionCache
@@ -196,6 +196,7 @@ def mean_divergence(model: Model, other: Model, encoded: Sequence[Encoded]) -> f
     """
     parts = []
     for e in encoded:
-        p, q = (m(e.input_ids[None].to(m.device)).logits[0, :-1].float().log_softmax(-1).cpu() for m in (model, other))  # type: ignore[operator, union-attr]
-        parts.append((p.exp() * (p - q)).sum(-1)[e.labels[1:] != -100].mean())
+        ids = e.input_ids[None].to(next(model.parameters()).device)
+        p, q = (m(input_ids=ids).logits[0, :-1].float().log_softmax(-1).cpu() for m in (model, other))
+        parts.append((p.exp() * (p - q)).sum(-1)[e.labels[1:] != IGNORED].mean())
     return float(torch.stack(parts).mean())
