@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from semalign.lm.examples import IGNORED, Encoded, collate, supervised
+from semalign.lm.examples import Encoded, collate, supervised
 from semalign.lm.hooks import capture, logits_of
 from semalign.lm.parts import Model, decoder, decoder_layers
 from semalign.supervision import SupervisionCache

@@ -8,9 +8,9 @@ import pytest
 
 from semalign.alignment import transfer
 from semalign.models import load_pair
-from semalign.profiles import load_profile, parameters
+from semalign.profiles import load_profile
 from semalign.study import search
-from semalign.study.trials import splits
+from semalign.study.trials import questions, splits
 from semalign.training.config import TransferConfig
 
 
@@ -62,10 +62,8 @@ def test_more_than_there_are_and_unknown_families_are_refused() -> None:
 
 def test_every_setting_of_the_states_trains() -> None:
     """Each ingredient's settings in turn, the others at their first: none is refused by the trainer."""
-    settings = {**parameters(load_profile("smoke"))}
-    settings["sizes"] = {"train": 4, "align": 2, "extract": 2, "validation": 1, "test": 1}
-    pair = load_pair({n: settings[n] for n in ("teacher", "student", "device", "dtype")})
-    data = splits(settings, "mmlu")
+    p = load_profile("smoke", sizes={"train": 4, "align": 2, "extract": 2, "validation": 1, "test": 1})
+    pair, data = load_pair(p), splits(p, "mmlu")
     base = TransferConfig(epochs=1, batch=4, micro_batch=4, max_length=320)
     space = search.SPACES["states"]
     first = {ingredient: choices[0] for ingredient, choices in space.items()}
@@ -74,3 +72,14 @@ def test_every_setting_of_the_states_trains() -> None:
             one = {**first, ingredient: choice}
             assert search.possible(one)
             assert transfer(pair, data, dataclasses.replace(base, **search.config(one))).trained
+
+
+@pytest.mark.parametrize("task", ["gsm8k", "mmlu", "humaneval", "mbpp"])
+def test_tokens_and_answers_are_of_the_same_questions(task: str) -> None:
+    """The reference answers that a chosen configuration is read on belong to the questions that it is asked."""
+    p = load_profile("smoke", sizes={"test": 60})
+    asked, read = questions(p, task), splits(p, task, "test").validation
+    assert len(asked) == len(read) == 60
+    for row, example in zip(asked, read, strict=True):
+        said = row.get("question") or row.get("text") or row["prompt"]
+        assert said.strip() in example.prompt
