@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from semalign.lm.examples import IGNORED
-from semalign.lm.hooks import POINTS, capture, skip_layers
+from semalign.lm.hooks import POINTS, SUBLAYERS, capture, check_sublayers, skip_layers
 from semalign.lm.parts import Model, decoder_layers
 
 REDUCES = ("signed", "abs", "l2")
@@ -90,7 +90,8 @@ def layer_attribution(
         (L,) scores, layer 1 first; (L, B, T) if ``per_token``. Equal to Captum's LayerGradientXActivation, reduced.
 
     Raises:
-        ValueError: an unknown point or reduction, or a batch without labels.
+        ValueError: an unknown point or reduction, a batch without labels, or a sublayer point of a model in which
+            attention and MLP are not all that a layer adds.
     """
     if point not in POINTS:
         raise ValueError(f"unknown point {point!r}; choose one of {', '.join(POINTS)}")
@@ -99,7 +100,10 @@ def layer_attribution(
     layers = range(1, len(decoder_layers(model)) + 1)
     read = "stream" if point == "residual" else point
     taps = [(k, read) for k in layers] + ([(k, "residual") for k in layers] if point == "residual" else [])
-    with _graph_from_embeddings(model), capture(model, taps) as seen:
+    if point in SUBLAYERS:
+        with _evaluating(model):
+            check_sublayers(model)
+    with _graph_from_embeddings(model), capture(model, taps, raw=True) as seen:
         loss = objective(model, batch)
         gradients = torch.autograd.grad(loss, [seen[k, read] for k in layers])
     products = [seen[k, point].detach().float() * g.float() for k, g in zip(layers, gradients, strict=True)]

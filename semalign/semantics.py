@@ -163,9 +163,11 @@ def fold_norm(head: Tensor, gain: Tensor | None = None, *, layer_norm: bool = Fa
         layer_norm: the norm subtracts the mean of a state's channels.
 
     Returns:
-        W diag(g) (m, D); for a LayerNorm W diag(g) (I - 11'/D), whose rank is D - 1.
+        W diag(g) (m, D); for a LayerNorm W diag(g) (I - 11'/D), whose rank is D - 1. In float32, or float64 if one of
+        them is: rounded to 16 bits the mean would not be gone, and an inverse makes much of what is left of it.
     """
-    folded = head if gain is None else head * gain
+    dtype = _out_dtype(head) if gain is None else _out_dtype(head, gain)
+    folded = head.to(dtype) if gain is None else head.to(dtype) * gain.to(dtype)
     return folded - folded.mean(1, keepdim=True) if layer_norm else folded
 
 

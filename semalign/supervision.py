@@ -24,10 +24,10 @@ from torch import Tensor
 
 from semalign.lm.examples import Encoded, by_length, collate, supervised
 from semalign.lm.files import locked, reserve
-from semalign.lm.hooks import POINTS, capture, logits_of, skip_layers
+from semalign.lm.hooks import POINTS, SUBLAYERS, capture, check_sublayers, logits_of, skip_layers
 from semalign.lm.parts import Model, decoder, decoder_layers, fingerprint
 
-VERSION = 1
+VERSION = 2
 CHUNK = 256  # rows of logits in memory at once
 
 
@@ -196,6 +196,8 @@ def _fill(
     taps = {(layer, s.point) for s in sources for layer in (s.low, s.high)}
     last = len(decoder_layers(teacher)) if "tail" in arrays else max(layer for layer, _ in taps)
     teacher.eval()
+    if any(point in SUBLAYERS for _, point in taps):
+        check_sublayers(teacher)
     with skip_layers(teacher, range(last + 1, len(decoder_layers(teacher)) + 1)), capture(teacher, taps) as seen:
         for examples in by_length(data, batch_tokens):
             batch = collate([data[i] for i in examples], 0, device)

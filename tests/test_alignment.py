@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from bench.bench_alignment import plain_peft
-from tiny import FAMILIES, Letters, tiny_llama, toy_data
+from tiny import FAMILIES, ODD, Letters, tiny_llama, toy_data
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from semalign import alignment
@@ -463,7 +463,10 @@ def test_a_diverging_loss_stops(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"layers": (4,)}, r"layers=\(4,\) must name different layers of a student of 3"),
         ({"layers": (1, 1)}, "different layers"),
         ({"teacher_layers": (9,)}, "not in a teacher of 4 layers"),
-        ({"lora_targets": ("c_fc",)}, "which hold down_proj, gate_proj"),
+        ({"lora_targets": ("c_fc",)}, "has no c_fc: choose among those .* down_proj, gate_proj"),
+        ({"lora_targets": ("up_proj", "c_fc")}, "layer 2 of a LlamaForCausalLM has no c_fc"),
+        ({"lora_targets": ()}, "must name linear modules"),
+        ({"adapters": "pissa", "lora_rank": 33}, "PiSSA has no rank 33 in up_proj, whose rank is at most 32"),
         ({"map": None}, r"\(D_S, D_T\) = \(32, 48\)"),
         ({"map": torch.ones(48, 32)}, r"\(D_S, D_T\) = \(32, 48\)"),
     ],
@@ -597,3 +600,48 @@ def test_adapters_must_name_the_trained_modules() -> None:
 def test_layers_are_all_or_numbers() -> None:
     with pytest.raises(ValueError, match='neither "all" nor'):
         TransferConfig(layers="every")
+
+
+MISSING = {
+    "phi3": ("up_proj, v_proj", "gate_up_proj, o_proj, qkv_proj"),
+    "glm4": ("up_proj", "gate_up_proj"),
+    "gptj": ("up_proj, down_proj, o_proj", "fc_in, fc_out"),
+    "mixtral": ("up_proj, down_proj", "k_proj, o_proj"),
+    "opt": ("up_proj, down_proj, o_proj", "fc1, fc2"),
+}
+
+
+@pytest.mark.parametrize("family", MISSING)
+def test_lora_targets_that_a_layer_lacks_in_part_are_refused(family: str) -> None:
+    missing, held = MISSING[family]
+    quick = settings(layer_weight=0.0, output_loss="ce", epochs=1)
+    with pytest.raises(ValueError, match=f"has no {missing}: choose among those which hold its weights, .*{held}"):
+        transfer(make_pair(load_student=lambda: ODD[family]().eval()), task(4), quick)
+    taken = {"phi3": ("gate_up_proj", "qkv_proj"), "gptj": ("fc_in", "out_proj")}.get(family)
+    if taken:
+        result = transfer(
+            make_pair(load_student=lambda: ODD[family]().eval()), task(4), settings(
+                layer_weight=0.0, output_loss="ce", epochs=1, lora_targets=taken
+            ),
+        )  # fmt: skip
+        assert {n.split(".")[-2] for n in result.trained} == set(taken)
+
+
+def test_reverse_kl_reads_the_whole_vocabulary_where_it_fits_and_says_so_where_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = {"layer_weight": 0.0, "output_loss": "reverse_kl", "epochs": 1, "batch": 12, "micro_batch": 12, "lr": 0.0}
+    whole = transfer(make_pair(), task(), settings(**quick, top_k=8, target_dtype="float32"))
+    examples = encode(make_pair().tokenizer, task().train, max_length=64)
+    expected, positions = 0.0, 0
+    for e in examples:
+        logq, logp = (
+            m(e.input_ids[None]).logits[0][supervised(e.labels)].log_softmax(-1).detach()
+            for m in (student(), teacher())
+        )
+        expected, positions = expected + float((logq.exp() * (logq - logp)).sum()), positions + len(logq)
+    assert whole.log[0]["output_loss"] == pytest.approx(expected / positions, rel=1e-4)
+    monkeypatch.setattr(alignment, "WHOLE_CACHE", 1000)
+    with pytest.warns(UserWarning, match=r"reads 8 of 97 tokens, which hold \d\d\.\d% of the teacher's probability"):
+        part = transfer(make_pair(), task(), settings(**quick, top_k=8))
+    assert part.log[0]["output_loss"] < 0.9 * whole.log[0]["output_loss"]

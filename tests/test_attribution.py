@@ -11,6 +11,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHead
 
 from semalign.attribution import layer_attribution, neuron_attribution, objective, skip_loss
 from semalign.lm.examples import IGNORED, Encoded, collate
+from semalign.lm.hooks import check_sublayers
 from semalign.lm.parts import decoder_layers, sublayers
 
 BUILDS: list[Callable[[], nn.Module]] = [
@@ -209,6 +210,7 @@ def test_one_forward_and_one_backward(batch: dict[str, Tensor]) -> None:
         calls["forward"] += 1
         out.register_hook(lambda gradient: calls.__setitem__("backward", calls["backward"] + 1))
 
+    check_sublayers(model)  # eight tokens, once for a model
     first.register_forward_hook(forward)
     layer_attribution(model, batch, point="attention")
     assert calls == {"forward": 1, "backward": 1}

@@ -400,3 +400,19 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert int(done.stdout) * (1024 if sys.platform == "linux" else 1) < 40e6  # kilobytes, on macOS bytes
+
+
+def test_a_head_in_16_bits_loses_the_direction_that_a_layer_norm_takes_out() -> None:
+    generator = torch.Generator().manual_seed(0)
+    head = (torch.randn(2000, 48, generator=generator) * 0.02).bfloat16()
+    gain = (1 + 0.3 * torch.randn(48, generator=generator)).bfloat16()
+    exact = head.double() * gain.double()
+    exact = exact - exact.mean(1, keepdim=True)
+    reference = torch.linalg.pinv(exact)  # (D, m): a column each
+    folded = fold_norm(head, gain, layer_norm=True)
+    assert folded.dtype == torch.float32
+    torch.testing.assert_close(folded.double(), exact, atol=1e-8, rtol=1e-6)
+    cosine = torch.cosine_similarity(semantic_bases(folded).double(), reference, dim=0)
+    assert (1 - cosine).abs().max() < 1e-5  # it was 0.09 on the mean
+    assert fold_norm(head.double(), gain, layer_norm=True).dtype == torch.float64
+    assert torch.equal(fold_norm(head), head.float())

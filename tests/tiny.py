@@ -6,14 +6,40 @@ from typing import Any
 
 import torch
 from transformers import (
+    AfmoeConfig,
+    AfmoeForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    Glm4Config,
+    Glm4ForCausalLM,
+    GPTJConfig,
+    GPTJForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    MptConfig,
+    MptForCausalLM,
+    NanoChatConfig,
+    NanoChatForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
+    OlmoConfig,
+    OlmoForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -63,6 +89,36 @@ FAMILIES: dict[str, Any] = {
     "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SMALL, head_dim=8, sliding_window=4)),
     "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**NO_GROUPS)),
 }
+_MOE: dict[str, Any] = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "num_shared_experts": 1,
+}
+_SHORT: dict[str, Any] = {"vocab_size": 97, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_EMBD: dict[str, Any] = {**_SHORT, "n_embd": 32, "n_layer": 3, "n_head": 4}
+_HIDDEN: dict[str, Any] = {**_SHORT, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+_HEADS: list[Any] = [[["global"], 3]]
+ODD: dict[str, Any] = {
+    "glm4": lambda: Glm4ForCausalLM(Glm4Config(**SMALL, head_dim=8)),
+    "afmoe": lambda: AfmoeForCausalLM(AfmoeConfig(**SMALL, head_dim=8, num_dense_layers=1, **_MOE)),
+    "granite": lambda: GraniteForCausalLM(GraniteConfig(**SMALL, residual_multiplier=0.22)),
+    "olmo": lambda: OlmoForCausalLM(OlmoConfig(**SMALL)),
+    "nanochat": lambda: NanoChatForCausalLM(NanoChatConfig(**SMALL)),
+    "phi3": lambda: Phi3ForCausalLM(Phi3Config(**SMALL)),
+    "gptj": lambda: GPTJForCausalLM(GPTJConfig(**_EMBD, rotary_dim=4)),
+    "gpt_neo": lambda: GPTNeoForCausalLM(
+        GPTNeoConfig(**_SHORT, hidden_size=32, num_layers=3, num_heads=4, attention_types=_HEADS)
+    ),
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SMALL, num_local_experts=4)),
+    "bloom": lambda: BloomForCausalLM(BloomConfig(**_SHORT, hidden_size=32, n_layer=3, n_head=4)),
+    "falcon": lambda: FalconForCausalLM(FalconConfig(**_HIDDEN)),
+    "mpt": lambda: MptForCausalLM(MptConfig(**_SHORT, d_model=32, n_layers=3, n_heads=4, max_seq_len=64)),
+    "opt": lambda: OPTForCausalLM(OPTConfig(**_HIDDEN, ffn_dim=64, word_embed_proj_dim=32)),
+}
+"""Architectures that go their own way: in post-norms, multipliers, norms without a weight, tuples, or fused names."""
+APART = ("bloom", "falcon", "mpt", "opt")
+"""Those of ``ODD`` whose layers have no attention and MLP of which both outputs are added to the stream."""
 
 
 class Letters:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,31 +14,41 @@ from semalign.lm.parts import Model, decoder, decoder_layers, sublayers
 
 POINTS = ("stream", "residual", "mlp", "attention")
 """Where a layer can be read."""
+SUBLAYERS = ("mlp", "attention")
+"""The points inside a layer."""
+_CHECKED: weakref.WeakSet[Model] = weakref.WeakSet()
+_TUPLES: dict[type, bool] = {}  # by class of layer: whether it returns its output first in a tuple
 
 
 @contextmanager
-def capture(model: Model, taps: Iterable[tuple[int, str]]) -> Iterator[dict[tuple[int, str], Tensor]]:
+def capture(
+    model: Model, taps: Iterable[tuple[int, str]], *, raw: bool = False
+) -> Iterator[dict[tuple[int, str], Tensor]]:
     """Record (B, T, D) tensors, with their graph, of every (layer, point) in ``taps`` during the forward passes inside.
 
     Points are ``stream`` (the layer's output), ``residual`` (output minus input), ``mlp`` and ``attention`` (what the
-    sublayer adds to the stream), and ``input`` (what the layer receives).
+    sublayer adds to the stream), and ``input`` (what the layer receives). Granite multiplies a sublayer's output before
+    it adds it; ``raw`` records the output itself, on which the loss depends.
     """
     seen: dict[tuple[int, str], Tensor] = {}
     handles = []
 
     def tap(layer: int, point: str) -> Any:
+        inside = point in SUBLAYERS and not raw
+        factor: Any = getattr(decoder_layers(model)[layer - 1], "residual_multiplier", 1.0) if inside else 1.0
+
         def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             value = output[0] if isinstance(output, tuple) else output
             if point in ("input", "residual"):
                 received = args[0] if args else kwargs["hidden_states"]
                 value = received if point == "input" else value - received
-            seen[layer, point] = value
+            seen[layer, point] = value if factor == 1.0 else value * factor
 
         return hook
 
     for layer, point in taps:
         block = decoder_layers(model)[layer - 1]
-        module = sublayers(block)[point == "mlp"] if point in ("mlp", "attention") else block
+        module = sublayers(block)[point == "mlp"] if point in SUBLAYERS else block
         handles.append(module.register_forward_hook(tap(layer, point), with_kwargs=True))
     try:
         yield seen
@@ -46,13 +57,65 @@ def capture(model: Model, taps: Iterable[tuple[int, str]]) -> Iterator[dict[tupl
             handle.remove()
 
 
+@torch.no_grad()
+def check_sublayers(model: Model) -> None:
+    """Refuse a model in eval mode whose attention and MLP outputs are not what its layers add, once a model.
+
+    Eight tokens are run. A layer passes where most positions do, within what its floating point type rounds off.
+
+    Raises:
+        ValueError: the two do not add up to the residual contribution of some layer.
+    """
+    if model in _CHECKED:
+        return
+    weight = next(model.parameters())
+    ids = torch.arange(1, 9, device=weight.device)[None] % model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    depths = range(1, len(decoder_layers(model)) + 1)
+    taps = [(k, point) for k in depths for point in ("stream", "residual", *SUBLAYERS)]
+    with capture(model, taps) as seen:
+        decoder(model)(ids, use_cache=False)
+    for k in depths:
+        stream, residual, mlp, attention = (seen[k, p].double() for p in ("stream", "residual", *SUBLAYERS))
+        off, rounding = (residual - mlp - attention).norm(dim=-1), 4 * torch.finfo(weight.dtype).eps
+        if not bool((off <= 0.02 * residual.norm(dim=-1) + rounding * stream.norm(dim=-1)).double().median()):
+            raise ValueError(
+                f"attention and MLP of layer {k} of a {type(model).__name__} do not add up to what the layer adds to "
+                "the stream: read it at stream or residual, where the whole layer counts"
+            )
+    _CHECKED.add(model)
+
+
+def _returns_tuple(model: Model) -> bool:
+    """Whether a layer of this class (GPT-Neo's, Bloom's) returns its output in a tuple; asked by one token, once."""
+    layer = decoder_layers(model)[0]
+
+    class Answered(Exception):
+        pass
+
+    def stop(_module: nn.Module, _args: Any, output: Any) -> None:
+        _TUPLES[type(layer)] = isinstance(output, tuple)
+        raise Answered
+
+    if type(layer) not in _TUPLES:
+        handle = layer.register_forward_hook(stop)
+        try:
+            with torch.no_grad():
+                decoder(model)(torch.ones(1, 1, dtype=torch.long, device=next(model.parameters()).device))
+        except Answered:
+            pass
+        finally:
+            handle.remove()
+    return _TUPLES[type(layer)]
+
+
 @contextmanager
 def skip_layers(model: Model, numbers: Iterable[int]) -> Iterator[None]:
     """Inside, the given layers hand their input on unchanged and cost nothing; the decoder's own code runs as ever."""
     layers = decoder_layers(model)
     skipped = [(layers[n - 1], layers[n - 1].__dict__.get("forward")) for n in numbers]
+    in_tuple = bool(skipped) and _returns_tuple(model)
     for layer, _ in skipped:
-        layer.forward = lambda hidden_states, *_args, **_kwargs: hidden_states
+        layer.forward = lambda hidden_states, *_args, **_kwargs: (hidden_states, None) if in_tuple else hidden_states
     try:
         yield
     finally:

@@ -35,18 +35,30 @@ def decoder_layers(model: Model) -> nn.ModuleList:
     raise ValueError(f"no layer list found in a {type(model).__name__}; known names are layers, h and blocks")
 
 
+POST_NORMS = (
+    ("post_self_attn_layernorm", "post_mlp_layernorm"),  # GLM-4, whose post_attention_layernorm comes before the MLP
+    ("post_attention_layernorm", "post_feedforward_layernorm"),  # OLMo-2, Gemma-2 and 3
+    ("post_attention_layernorm", "post_mlp_layernorm"),  # AFMoE
+)
+"""What norms of a sublayer's output are called, attention's and the MLP's."""
+
+
 def sublayers(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
     """The modules of one layer whose outputs are added to the residual stream: (attention, MLP).
 
-    OLMo-2 and Gemma-2/3 normalise a sublayer's output before they add it; there the added vector, and so the
-    sublayer output of section 4, is that norm's output.
+    Where a sublayer's output is normalised before it is added (``POST_NORMS``), the added vector, and so the sublayer
+    output of section 4, is that norm's output. Names can mislead: ``hooks.check_sublayers`` holds them to the sum.
     """
-    if hasattr(layer, "post_feedforward_layernorm"):
-        return layer.post_attention_layernorm, layer.post_feedforward_layernorm  # type: ignore[return-value]
+    for names in POST_NORMS:
+        if all(hasattr(layer, name) for name in names):
+            return getattr(layer, names[0]), getattr(layer, names[1])
     attention = next((getattr(layer, n) for n in ("self_attn", "attention", "attn") if hasattr(layer, n)), None)
     mlp = getattr(layer, "mlp", None)
     if attention is None or mlp is None:
-        raise ValueError(f"no attention and MLP found in a {type(layer).__name__}")
+        raise ValueError(
+            f"no attention and MLP found in a {type(layer).__name__}: read it at stream or residual, where the whole "
+            "layer counts"
+        )
     return attention, mlp
 
 
@@ -60,17 +72,21 @@ def final_norm(model: Model) -> nn.Module:
 
 
 def norm_gain(model: Model) -> Tensor:
-    """The final norm's gain g (D,). Its sign is kept: entries can be negative.
+    """The final norm's gain g (D,), float32 (float64 of a float64 norm). Entries can be negative.
 
-    Some norms (Gemma's among them) store w = g - 1. Which is which shows in what the norm does to a vector of
-    alternating signs, whose mean is 0 and whose variance is 1; the difference with its mirror image drops a bias.
+    Some norms (Gemma's among them) store w = g - 1, and 1 + w has more digits than 16 bits hold. Which is which shows
+    in what the norm does to a vector of alternating signs, whose mean is 0 and whose variance is 1; the difference with
+    its mirror image drops a bias. A norm without a weight (OLMo's, NanoChat's) has the gain 1.
     """
-    norm = final_norm(model)
-    weight: Tensor = norm.weight.detach()  # type: ignore[operator]
-    signs = torch.ones_like(weight)
+    norm, stored = final_norm(model), head_weight(model)
+    if getattr(norm, "weight", None) is None:
+        return torch.ones(stored.shape[1], device=stored.device)
+    stored = norm.weight.detach()  # type: ignore[operator]
+    signs = torch.ones_like(stored)
     signs[1::2] = -1
     with torch.no_grad():
         gain = (norm(signs) - norm(-signs)) / 2 * signs
+    weight = stored.to(torch.promote_types(stored.dtype, torch.float32))
     return weight + 1 if (gain - weight - 1).norm() < (gain - weight).norm() else weight
 
 

@@ -100,7 +100,8 @@ def trace_last(model: Model, input_ids: Tensor, *, released: bool = False) -> Tr
     """Run ``input_ids`` (T,) and keep the last position's internals (step A).
 
     An attention neuron is the attention-weighted sum of its values over all positions. ``released`` keeps the last
-    position's own term alone, and has sqrt(std) of the last layer's output for s in place of the root mean square.
+    position's own term alone, and has for s, in place of the root mean square, sqrt(std) of the last layer's output,
+    std^2 being its biased variance + 1e-5.
 
     Raises:
         ValueError: the model is none whose logits are ``W_head (g * h / s)`` of a plain sum of sublayer outputs.
@@ -142,7 +143,9 @@ def trace_last(model: Model, input_ids: Tensor, *, released: bool = False) -> Tr
                 "sublayer outputs, or its logits are not a linear head of an RMS norm; choose another pair or baseline"
             )
     c, u = (torch.stack([seen[name, k] for k in depths]) for name in ("down_proj", "o_proj"))
-    return Trace(torch.cat([x, y[-1:]]), x + attention, c, u, y[-1].std().sqrt() if released else rms)
+    return Trace(
+        torch.cat([x, y[-1:]]), x + attention, c, u, (y[-1].var(unbiased=False) + 1e-5) ** 0.25 if released else rms
+    )
 
 
 def _readout(model: Model, scale: Tensor) -> Tensor:
@@ -156,14 +159,17 @@ def neuron_scores(model: Model, inside: Trace, target: int, *, chunk: int = 1024
 
     MLP neuron j of a layer scores log q(r + c_j w_j) - log q(r), with the residual r and column w_j of ``down_proj``;
     attention neurons likewise on the layer's input, with ``o_proj``. ``chunk`` neurons are read at once as logits
-    (chunk, V); it changes no score. ``released`` takes the logarithm of a float16 softmax and rounds to 4 decimals;
+    (chunk, V); it changes no score. ``released`` reads by a float16 head, takes the logarithm of a float16 softmax and
+    rounds to 4 decimals;
     a score that is no number then becomes infinite, because the released sort puts such neurons first.
     """
-    readout = _readout(model, inside.scale)
+    readout, half = _readout(model, inside.scale), head_weight(model).half()
 
     def log_q(states: Tensor) -> Tensor:  # (n, D) -> (n,)
-        logits = states @ readout.T
-        return logits.half().softmax(-1)[:, target].log().float() if released else logits.log_softmax(-1)[:, target]
+        if released:
+            normed = (states * (norm_gain(model).float() / inside.scale)).half()
+            return (normed @ half.T).softmax(-1)[:, target].log().float()
+        return (states @ readout.T).log_softmax(-1)[:, target]
 
     def gain(after: Tensor, before: Tensor) -> Tensor:
         return (after - before).mul(1e4).round().div(1e4).nan_to_num(math.inf, math.inf) if released else after - before

@@ -53,10 +53,11 @@ def transfer(
         del teacher
         gc.collect()
         of_student = SupervisionCache.build(folder, student, encoded, [Source(layers[0], layers[0], point="stream")])
-        filters = [
-            task_filter(_states(cache), labels, student, filter_steps, filter_lr, config.seed)
-            for cache in (of_teacher, of_student)
-        ]
+        filters = []
+        for cache in (of_teacher, of_student):
+            states, scale = _states(cache)
+            g, loss = task_filter(states, labels, student, filter_steps, filter_lr, config.seed)
+            filters.append((scale * g, loss))  # from here on the filter meets states as they are
     del student
     gc.collect()
     (g_t, teacher_loss), (g_s, student_loss) = filters
@@ -73,10 +74,15 @@ def transfer(
     return replace(result, log=[{"split": "filters", "width": width, **losses}, *result.log])
 
 
-def _states(cache: SupervisionCache) -> Tensor:
-    """h (n, D) float32 of every supervised position, scaled so that the mean square of an entry is 1 on average."""
+def _states(cache: SupervisionCache) -> tuple[Tensor, float]:
+    """c h (n, D) float32 of every supervised position, and the c that makes an entry's mean square 1 on average.
+
+    A filter trained on c h is c G to the states themselves: without c in it the loss would depend on the unit in which
+    a model keeps its stream, which its final norm does not see.
+    """
     h, norm = cache.target(0, np.arange(int(cache.arrays["offsets"][-1])))
-    return h * (norm / norm.square().mean().sqrt())[:, None] * h.shape[1] ** 0.5
+    size = norm.square().mean().sqrt()
+    return h * (norm / size)[:, None] * h.shape[1] ** 0.5, float(h.shape[1] ** 0.5 / size)
 
 
 def task_filter(
@@ -84,9 +90,10 @@ def task_filter(
 ) -> tuple[Tensor, float]:
     """The filter G (D_S, D) for states (n, D) whose next tokens are ``labels`` (n,), and its last loss in nats.
 
-    Minimises the cross-entropy of the student's head on norm(G h); the student does not change.
+    Minimises the cross-entropy of the student's head on norm(G h), with G in float32 whatever the student is in; the
+    student does not change.
     """
-    d_s = head_weight(student).shape[1]
+    d_s, dtype = head_weight(student).shape[1], head_weight(student).dtype
     generator = torch.Generator().manual_seed(seed)
     device = next(student.parameters()).device
     g = (torch.randn(d_s, states.shape[1], generator=generator) / states.shape[1] ** 0.5).to(device).requires_grad_()
@@ -95,7 +102,7 @@ def task_filter(
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
         rows = torch.randint(len(labels), (min(batch, len(labels)),), generator=generator)
-        z = logits_of(student, final_norm(student)(states[rows].to(device) @ g.T))
+        z = logits_of(student, final_norm(student)((states[rows].to(device) @ g.T).to(dtype)))
         loss = F.cross_entropy(z, labels[rows].to(device))
         optimizer.zero_grad()
         loss.backward(inputs=[g])

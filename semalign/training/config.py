@@ -61,7 +61,7 @@ class TransferConfig:
     lr_schedule: str = "linear"
     warmup: float = 0.03
     max_length: int = 512
-    top_k: int = 64  # teacher logits kept for the output loss ``kl``
+    top_k: int = 64  # teacher logits kept for a divergence; ``reverse_kl`` keeps all where they fit
     target_dtype: str = "float16"
     seed: int = 0
     folder: str | Path | None = None  # checkpoints; an interrupted run with the same inputs resumes from here

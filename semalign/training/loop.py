@@ -24,6 +24,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from semalign.lm.examples import Encoded, by_length, collate
 from semalign.lm.files import reserve, save_tensors
@@ -269,9 +270,7 @@ def _attach(
         _add_projection(student, config)
         return changed, _trainable(student), lambda: _release(student)
     targets = [n for n in modules if n.rsplit(".", 1)[-1] in config.lora_targets]
-    if not targets:
-        known = ", ".join(sorted({n.rsplit(".", 1)[-1] for n in modules}))
-        raise ValueError(f"lora_targets={config.lora_targets} are not in the student's layers, which hold {known}")
+    _check_targets(student, layers, config)
     torch.manual_seed(config.seed)
     exact = min(head_weight(student).shape) <= EXACT_SVD
     init: Any = ("pissa" if exact else "pissa_niter_16") if config.adapters == "pissa" else True
@@ -293,6 +292,24 @@ def _attach(
         _release(student)
 
     return {f"{n}.weight" for n in targets}, _trainable(student), merge
+
+
+def _check_targets(student: Model, layers: tuple[int, ...], config: TransferConfig) -> None:
+    """Refuse adapters that would train less than was asked for, in some layer or in rank, without a word."""
+    for k in layers:
+        named = decoder_layers(student)[k - 1].named_modules()
+        linear = {n.rsplit(".", 1)[-1]: m for n, m in named if isinstance(m, nn.Linear | Conv1D)}
+        missing = [target for target in config.lora_targets if target not in linear]
+        if missing or not config.lora_targets:
+            raise ValueError(
+                f"lora_targets={config.lora_targets} must name linear modules of every trained layer, and layer {k} of "
+                f"a {type(student).__name__} has no {', '.join(missing) or 'nameless one'}: choose among those which "
+                f"hold its weights, {', '.join(sorted(linear)) or 'of which none is a linear module'}"
+            )
+        ranks = {name: min(linear[name].weight.shape) for name in config.lora_targets}
+        low = min(ranks, key=lambda name: ranks[name])
+        if config.adapters == "pissa" and config.lora_rank > ranks[low]:
+            raise ValueError(f"PiSSA has no rank {config.lora_rank} in {low}, whose rank is at most {ranks[low]}")
 
 
 def _add_projection(student: Model, config: TransferConfig) -> None:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import FAMILIES
+from tiny import APART, FAMILIES, ODD, tiny_llama, toy_data
+from torch import nn
 
-from semalign.lm.hooks import capture
+from semalign.attribution import layer_attribution, objective, skip_loss
+from semalign.lm.examples import collate
+from semalign.lm.hooks import capture, check_sublayers, skip_layers
+from semalign.lm.parts import decoder_layers, norm_gain
+
+WHOLE = {**FAMILIES, **{name: make for name, make in ODD.items() if name not in APART}}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WHOLE)
 def test_captured_points_add_up_to_the_reference_stream(family: str) -> None:
     torch.manual_seed(0)
-    model = FAMILIES[family]().eval()
+    model = WHOLE[family]().eval()
     ids = torch.randint(3, 97, (2, 9))
     points = ("input", "stream", "residual", "attention", "mlp")
     with torch.no_grad(), capture(model, [(2, p) for p in points]) as seen:
@@ -24,3 +30,77 @@ def test_captured_points_add_up_to_the_reference_stream(family: str) -> None:
     seen.clear()
     model(ids)
     assert not seen, "nothing is recorded outside"
+
+
+@pytest.mark.parametrize("family", ["glm4", "afmoe", "granite", "gpt_neo"])
+def test_a_sublayer_is_scored_by_what_it_adds(family: str) -> None:
+    """The stream is the sum of what is added, so its gradient is that of every addend."""
+    torch.manual_seed(0)
+    model, batch = ODD[family]().eval(), collate(toy_data(3), 0)
+    for point in ("mlp", "attention"):
+        with torch.enable_grad(), capture(model, [(3, "stream"), (3, point)]) as seen:
+            (gradient,) = torch.autograd.grad(objective(model, batch), [seen[3, "stream"]])
+        if point == "mlp":  # behind it nothing but the sum; attention's addend the MLP reads too
+            expected = (gradient * seen[3, "mlp"]).sum()
+            assert layer_attribution(model, batch, point="mlp")[2] == pytest.approx(float(expected.detach()), abs=1e-6)
+        assert layer_attribution(model, batch, point=point).abs().min() > 0
+
+
+@pytest.mark.parametrize("family", APART)
+def test_layers_without_two_sublayers_are_refused_at_these_and_read_as_a_whole(family: str) -> None:
+    torch.manual_seed(0)
+    model, batch = ODD[family]().eval(), collate(toy_data(3), 0)
+    with pytest.raises(ValueError, match=f"{type(decoder_layers(model)[0]).__name__}: read it at stream or residual"):
+        layer_attribution(model, batch, point="mlp")
+    assert layer_attribution(model, batch, reduce="abs").min() > 0
+
+
+def test_names_that_do_not_add_up_are_refused_once_and_for_each_model() -> None:
+    class Halved(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.self_attn, self.mlp, self.inner = inner.self_attn, inner.mlp, inner
+
+        def forward(self, hidden_states: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+            out: torch.Tensor = (self.inner(hidden_states, *args, **kwargs) + hidden_states) / 2
+            return out
+
+    model = tiny_llama()
+    check_sublayers(model)
+    check_sublayers(tiny_llama().bfloat16())
+    strange = tiny_llama()
+    strange.model.layers[1] = Halved(strange.model.layers[1])
+    for _ in range(2):
+        with pytest.raises(ValueError, match="MLP of layer 2 of a LlamaForCausalLM do not add up"):
+            layer_attribution(strange, collate(toy_data(2), 0), point="attention")
+
+
+@pytest.mark.parametrize("family", ["gpt_neo", "bloom", "falcon", "mpt", "opt"])
+def test_a_skipped_layer_is_a_layer_left_out_whatever_layers_return(family: str) -> None:
+    torch.manual_seed(0)
+    model, batch = ODD[family]().eval(), collate(toy_data(3), 0)
+    rises = skip_loss(model, batch)
+    layers = decoder_layers(model)
+    with torch.no_grad(), capture(model, [(1, "input"), (3, "stream")]) as seen, skip_layers(model, [1, 2, 3]):
+        model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        torch.testing.assert_close(seen[1, "input"], seen[3, "stream"])
+    with torch.no_grad():
+        whole = objective(model, batch)
+        del layers[1]
+        assert float(rises[1]) == pytest.approx(float(objective(model, batch) - whole), abs=1e-5)
+    assert rises.isfinite().all() and rises.abs().min() > 0
+
+
+@pytest.mark.parametrize("family", ["olmo", "nanochat"])
+def test_a_norm_without_a_weight_has_the_gain_one(family: str) -> None:
+    assert torch.equal(norm_gain(ODD[family]().eval()), torch.ones(32))
+
+
+def test_a_gain_stored_less_one_keeps_its_digits() -> None:
+    torch.manual_seed(0)
+    model = FAMILIES["gemma3"]().bfloat16().eval()
+    with torch.no_grad():
+        model.model.norm.weight.uniform_(-0.02, 0.02)
+    gain = norm_gain(model)
+    assert gain.dtype == torch.float32
+    assert torch.equal(gain, 1 + model.model.norm.weight.detach().float())  # 1 + w in bfloat16 is 4e-3 off

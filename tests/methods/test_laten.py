@@ -146,12 +146,29 @@ def test_released_attention_neurons_are_the_last_positions_own_terms(heads: int)
     assert not torch.allclose(trace.attention, fixed.attention, atol=1e-3)
     assert torch.equal(trace.stream, fixed.stream)
     assert torch.equal(trace.mlp, fixed.mlp)
-    assert float(trace.scale) == pytest.approx(float(fixed.stream[-1].std().sqrt()))
+    assert float(trace.scale) == pytest.approx(float((fixed.stream[-1].var(unbiased=False) + 1e-5) ** 0.25))
     alone = trace_last(model, IDS[:1], released=True).attention  # a single position has no other term
     assert torch.allclose(alone, trace_last(model, IDS[:1]).attention, atol=1e-6)
     clean = tiny_llama(2, num_key_value_heads=heads)
     trace_last(clean, IDS, released=True)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in clean.modules())
+
+
+def test_released_scores_are_read_by_a_head_and_a_softmax_in_16_bits() -> None:
+    model = tiny_llama(2)
+    trace = trace_last(model, IDS, released=True)
+    scores = neuron_scores(model, trace, TARGET, released=True)
+    assert float(trace.scale) == pytest.approx(float((trace.stream[-1].var(unbiased=False) + 1e-5).sqrt().sqrt()))
+
+    def log_q(states: Tensor) -> Tensor:
+        normed = (states * (model.model.norm.weight / trace.scale)).half()
+        return (normed @ model.lm_head.weight.half().T).softmax(-1)[:, TARGET].log().float()
+
+    with torch.no_grad():
+        for k, part in enumerate(projections(model)):
+            after = trace.residual[k] + trace.mlp[k][:, None] * part["down_proj"].weight.T
+            expected = (log_q(after) - log_q(trace.residual[k][None])).mul(1e4).round() / 1e4
+            assert torch.equal(scores.mlp[k], expected)
 
 
 def test_released_scores_tie_and_ours_do_not() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from test_alignment import changed, losses, make_pair, same_weights, settings, student, task, teacher
-from tiny import Letters
+from tiny import Letters, tiny_llama
 from torch.nn import functional as F
 
 from semalign import alignment
@@ -260,3 +260,31 @@ def test_methods_differ_from_semalign_in_what_they_name_alone(monkeypatch: pytes
         "relational": {"map", "layer_loss", "output_loss"},
         "fitnets": {"map", "projection", "output_loss"},
     }
+
+
+def scaled_teacher(scale: float) -> Any:
+    """The same function, with a stream ``scale`` times as long."""
+    model = tiny_llama(4, hidden=48, seed=1, rms_norm_eps=1e-12)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(("embed_tokens.weight", "o_proj.weight", "down_proj.weight")):
+                p.mul_(scale)
+    return model
+
+
+def test_ted_does_not_see_the_unit_of_a_stream() -> None:
+    def first(scale: float) -> dict[str, Any]:
+        lent = replace(pair(), load_teacher=lambda: scaled_teacher(scale))
+        return ted.transfer(lent, data(), settings(epochs=1), filter_steps=60).log[1]
+
+    plain = first(1.0)["layer_loss"]
+    for scale in (0.1, 10.0):
+        assert first(scale)["layer_loss"] == pytest.approx(plain, rel=1e-2)
+
+
+def test_ted_runs_in_bfloat16() -> None:
+    lent = replace(pair(), load_teacher=lambda: teacher().bfloat16(), load_student=lambda: student().bfloat16())
+    result = ted.transfer(lent, data(), settings(epochs=1), filter_steps=20)
+    assert result.student.dtype == torch.bfloat16
+    whole = ted.transfer(pair(), data(), settings(epochs=1), filter_steps=20)
+    assert result.log[1]["loss"] == pytest.approx(whole.log[1]["loss"], rel=0.05)
