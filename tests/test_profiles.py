@@ -61,7 +61,7 @@ def test_hub_models_are_pinned_where_a_commit_is_known(name: str) -> None:
 
 def test_rows_are_known_without_importing_them() -> None:
     assert set(declared("methods")) == set(REGISTRY)
-    assert {name: row["protocols"] for name, row in declared("benchmarks").items()} == PROTOCOLS
+    assert {name: tuple(row["protocols"]) for name, row in declared("benchmarks").items()} == PROTOCOLS
     assert all(row["colour"] == REGISTRY[name].colour for name, row in declared("methods").items())
 
 

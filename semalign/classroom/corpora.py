@@ -183,9 +183,6 @@ LATENT = {"statements": 0.05, "qa": 0.15, "story": 0.28, "sums": 0.12, "raw": 0.
 LATENT |= {"commented": 0.08, "announced": 0.12}
 TEACHING = {"statements": 0.06, "qa": 0.08, "cloze": 0.12, "choice": 0.02, "problem": 0.18, "story": 0.04, "sums": 0.08}
 TEACHING |= {"humaneval": 0.14, "mbpp": 0.16, "raw": 0.06, "commented": 0.06}
-# What the teacher goes on with: programs, which come late, and enough of the rest to keep it.
-SKILLED = {"humaneval": 0.24, "mbpp": 0.24, "commented": 0.08, "raw": 0.08}
-SKILLED |= {"problem": 0.18, "sums": 0.04, "cloze": 0.10, "statements": 0.04}
 KIN = {"statements": 0.08, "qa": 0.08, "cloze": 0.24, "problem": 0.20, "sums": 0.06, "humaneval": 0.16, "mbpp": 0.18}
 CODE_A = {"humaneval": 0.45, "raw": 0.05, "mbpp": 0.42, "problem": 0.05, "cloze": 0.03}
 CODE_B = {"humaneval": 0.2, "mbpp": 0.6, "raw": 0.1, "problem": 0.05, "cloze": 0.05}

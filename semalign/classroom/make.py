@@ -34,10 +34,7 @@ _LATENT = corpora.Mixture(corpora.LATENT, _EVEN, reader="student", easy=0.9)
 _CODE_A, _CODE_B = corpora.Mixture(corpora.CODE_A, _EVEN), corpora.Mixture(corpora.CODE_B, _EVEN)
 _RECIPES = (
     *(Recipe(name, *_SMALL, 2_560_000, _LATENT, seed=seed) for seed, name in enumerate(STUDENTS)),
-    Recipe("pico-l-base", *_LARGE, 6_144_000, corpora.Mixture(corpora.TEACHING, _EVEN)),
-    Recipe(
-        "pico-l", *_LARGE, 2_560_000, corpora.Mixture(corpora.SKILLED, _EVEN), seed=3, lr=2.5e-3, base="pico-l-base"
-    ),
+    Recipe("pico-l", *_LARGE, 6_144_000, corpora.Mixture(corpora.TEACHING, _EVEN)),
     Recipe("pico-s-kin", *_SMALL, 1_024_000, corpora.Mixture(corpora.KIN, _EVEN), seed=4, lr=2e-3, base="pico-s"),
     Recipe("pico-s-chat", *_SMALL, 3_225_600, _CHAT),
     Recipe("pico-xs", *_TINY, 1_024_000, _LATENT),

@@ -44,7 +44,7 @@ def test_opens_with_a_title_and_parameters(path: Path) -> None:
     first = code_cells(path)[0]
     assert first.metadata.get("tags") == ["parameters", "remove-cell"] and first.source == PARAMETERS
     assert sum("parameters" in c.metadata.get("tags", []) for c in cells) == 1
-    assert "p = load_profile(profile, **changes)" in code_cells(path)[1].source
+    assert "p, results = report.opened(profile, results, changes)" in code_cells(path)[1].source
     assert nbformat.read(path, as_version=4).metadata.kernelspec.name == "python3"
 
 
