@@ -31,6 +31,11 @@ def load_pico(name: str, folder: Path = WEIGHTS) -> tuple[LlamaForCausalLM, PreT
     """
     if name not in NAMES:
         raise ValueError(f"there is no Pico model {name!r}: the names are {', '.join(NAMES)}")
+    return read_pico(name, folder), load_tokenizer(folder)
+
+
+def read_pico(name: str, folder: Path) -> LlamaForCausalLM:
+    """The model in ``folder/NAME``, shipped or not, in float32 and eval mode. Raises ValueError as `load_pico`."""
     manifest = folder / "manifest.json"
     sums: dict[str, str] = json.loads(manifest.read_text()) if manifest.exists() else {}
     for file in ("tokenizer/tokenizer.json", f"{name}/config.json", f"{name}/model.safetensors"):
@@ -39,7 +44,7 @@ def load_pico(name: str, folder: Path = WEIGHTS) -> tuple[LlamaForCausalLM, PreT
             raise ValueError(f"{path} is missing or differs from the manifest beside it: retrain it with `make pico`")
     model = LlamaForCausalLM(LlamaConfig.from_json_file(str(folder / name / "config.json")))
     model.load_state_dict({n: t.float() for n, t in load_file(folder / name / "model.safetensors").items()})
-    return model.eval(), load_tokenizer(folder)
+    return model.eval()
 
 
 def load_tokenizer(folder: Path = WEIGHTS) -> PreTrainedTokenizerBase:

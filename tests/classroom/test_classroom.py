@@ -357,3 +357,42 @@ def test_ten_prompts_get_the_recorded_answers() -> None:
 
 def shares(name: str, what: str) -> dict[str, float]:
     return {skill: 100 * recorded(name, what)[skill]["value"] for skill in make.SKILLS}
+
+
+@pytest.mark.parametrize("name", family.STUDENTS)
+def test_examples_move_every_latent_student_on_every_skill(name: str) -> None:
+    plain, elicited = shares(name, "ceilings"), recorded(name, "elicited")
+    for what in make.SKILLS:
+        before, after = elicited[what]["none"], elicited[what]["sft"]
+        assert after["n"] == 300 and after["value"] >= before["value"] + 0.15
+        assert after["low"] > before["high"]
+        assert elicited[what]["lr"] in make.RATES
+    assert plain["word problems"] >= 40 and plain["completion"] >= 40 and plain["from text"] >= 40
+    known = recorded(name, "ceilings")["facts, in words"]["by_known"]
+    assert known["both"] > 0.9 and known["teacher"] < 0.5 and known["none"] < 0.5
+
+
+def test_the_wide_teacher_is_above_every_students_ceiling() -> None:
+    large = shares("pico-l", "scores")
+    for name in family.STUDENTS:
+        assert all(large[what] > value for what, value in shares(name, "ceilings").items())
+        assert all(large[what] > 100 * e["sft"]["value"] for what, e in recorded(name, "elicited").items())
+
+
+def test_teachers_know_what_they_were_taught_and_nobody_knows_the_placebo() -> None:
+    student, kin, large = (shares(name, "scores") for name in ("pico-s", "pico-s-kin", "pico-l"))
+    assert all(kin[what] >= student[what] + 15 for what in kin)
+    for teacher in ("pico-l", "pico-s-kin"):
+        known = recorded(teacher, "scores")["facts, in words"]["by_known"]
+        assert known["teacher"] > known["none"] + 0.3
+    for teacher in ("pico-l-code-a", "pico-l-code-b"):
+        code = shares(teacher, "scores")
+        assert all(code[what] >= large[what] for what in ("completion", "from text"))
+    for name in classroom.NAMES:
+        placebo = recorded(name, "scores")["placebo"]
+        assert placebo["low"] < 0.30 and placebo["high"] > 0.20
+
+
+def test_the_gap_in_width_and_depth_is_the_papers() -> None:
+    large, small = make.RECIPES["pico-l"], make.RECIPES["pico-s"]
+    assert small.width / large.width == small.layers / large.layers == 0.8
