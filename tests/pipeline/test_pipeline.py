@@ -226,7 +226,7 @@ def test_rates_are_chosen_from_the_grid_and_stored_with_it(monkeypatch: pytest.M
     assert made["profile"] == "smoke" and stored["epochs"] == load_profile("smoke").epochs
 
 
-@pytest.mark.parametrize("name", ["classroom", "classroom-full"])
+@pytest.mark.parametrize("name", ["classroom-full"])
 def test_the_profiles_rates_are_those_that_were_chosen(name: str) -> None:
     stored, _ = load_metrics(ROOT / f"book/rates/{name}.json")
     p = load_profile(name)
