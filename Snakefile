@@ -98,11 +98,11 @@ for name in RUN:
         log:
             f"{RESULTS}/notebooks/{name}.ipynb",
         params:
-            notebook=name, profile=PROFILE, results=RESULTS, python=PYTHON,
+            notebook=name, profile=PROFILE, results=RESULTS, python=PYTHON, digest=DIGESTS[name],
         threads: THREADS
         priority: -list(RUN).index(name)
         resources:
             gpu=GPU,
         shell:
             "OMP_NUM_THREADS={threads} {params.python:q} -m semalign.pipeline notebook {params.notebook} "
-            "{params.profile:q} --results {params.results:q}"
+            "{params.profile:q} --results {params.results:q} --planned {params.digest}"

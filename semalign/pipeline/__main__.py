@@ -158,6 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     one.add_argument("name", choices=list(ORDER))
     one.add_argument("profile")
     one.add_argument("--results", type=Path, required=True)
+    one.add_argument("--planned", default="")
     trial = verbs.add_parser("trial", help="run one method on one task under one seed")
     trial.add_argument("profile")
     trial.add_argument("task")
@@ -177,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
         if given.verb == "notebook":
             from semalign.pipeline.notebooks import run_notebook
 
-            run_notebook(given.name, given.profile, given.results.resolve())
+            run_notebook(given.name, given.profile, given.results.resolve(), given.planned)
         elif given.verb == "trial":
             make_trial(given.profile, given.task, given.method, given.seed, given.results.resolve())
         elif given.verb in ("rates", "keep"):

@@ -212,14 +212,15 @@ def _section(cells: list[nbformat.NotebookNode], index: int) -> str:
     return next((line.lstrip("# ") for line in reversed(above) if line.startswith("#")), "")
 
 
-def run_notebook(name: str, profile: str, results: Path) -> Path:
-    """Execute one notebook for a profile, by its name or path.
+def run_notebook(name: str, profile: str, results: Path, planned: str = "") -> Path:
+    """Execute one notebook for a profile, by its name or path; ``planned`` is the digest that its run counts on.
 
     The executed copy goes to ``results/notebooks``; where a cell fails, the copy up to and with the traceback.
 
     Raises:
         ProfileError: the profile is unknown or malformed, or allows less than the notebook needs.
-        NotebookFailed: a cell raised, the kernel died, or the notebook left no metrics file.
+        NotebookFailed: a cell raised, the kernel died, the notebook left no metrics file, or something that it depends
+            on has changed since the run was planned.
     """
     import papermill
     from nbclient.exceptions import DeadKernelError
@@ -233,6 +234,8 @@ def run_notebook(name: str, profile: str, results: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     metrics.unlink(missing_ok=True)
     made_from = digests(p).get(name, "")
+    if planned and planned != made_from:
+        raise NotebookFailed(f"what notebook {name} depends on was changed while the run went on: call it again")
     # A kernel of papermill has no widgets, and says so on the page of every notebook that imports tqdm.
     os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"
     os.environ.pop("MPLBACKEND", None)  # with a caller's backend a page has no figures
