@@ -157,7 +157,9 @@ def _provenance(seeds: Sequence[int], profile: str, wall_s: float | None) -> dic
 
 
 def _git(*arguments: str) -> str:
-    """What git says of the folder of this file, or nothing where there is no git, no repository, or no commit."""
+    """What git says of this repository, or nothing where there is no git, no commit, or only a repository around it."""
+    if not (ROOT / ".git").exists():  # unpacked from an archive, maybe inside somebody else's repository
+        return ""
     try:
         done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
     except FileNotFoundError:

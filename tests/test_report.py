@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from semalign import report
 from semalign.methods import REGISTRY
+from semalign.profiles import ProfileError
 from semalign.report import BASIS_COLOURS, load_metrics, provenance_table, save_metrics, use_style
 
 
@@ -179,3 +181,27 @@ def test_style_draws_the_same_svg_twice(tmp_path: Path) -> None:
 def test_json_on_disk_is_for_people_too(tmp_path: Path) -> None:
     save(tmp_path / "01.json", {"accuracy": 0.25})
     assert '\n  "accuracy": 0.25' in (tmp_path / "01.json").read_text()
+
+
+def test_a_repository_around_an_unpacked_archive_lends_no_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run(["git", "-C", str(tmp_path), *identity, "commit", "-q", "--allow-empty", "-m", "theirs"], check=True)
+    monkeypatch.setattr(report, "ROOT", tmp_path / "zip")
+    monkeypatch.setattr(report, "__file__", str(tmp_path / "zip" / "semalign" / "report.py"))
+    (tmp_path / "zip" / "semalign").mkdir(parents=True)
+    save_metrics(tmp_path / "m.json", {"a": 1}, seeds=[0], profile="x")
+    assert load_metrics(tmp_path / "m.json")[1]["commit"] == "unknown"
+
+
+def test_a_notebooks_parameters_are_opened_and_a_profiles_values_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p, folder = report.opened("smoke", tmp_path / "mine", {"seeds": [4]})
+    assert (p.name, p.seeds, folder) == ("smoke", [4], (tmp_path / "mine").resolve())
+    assert (folder / "metrics").is_dir() and report.named(p, {"seeds": [4]}) == "smoke, but for seeds=[4]"
+    monkeypatch.setattr(sys.modules["__main__"], "teacher", {"source": "pico", "id": "pico-l"}, raising=False)
+    with pytest.raises(ProfileError, match="teacher are values of a profile and no parameters: give -p profile NAME"):
+        report.opened("smoke", tmp_path / "mine", {})

@@ -74,9 +74,13 @@ def by(runs: Runs, task: str, kinds: Mapping[str, Sequence[int]]) -> pd.DataFram
 
 
 def gains_in(runs: Runs, task: str, kinds: Mapping[str, Sequence[int]], other: str = "none") -> dict[str, pd.DataFrame]:
-    """By kind of question: every method's difference to ``other`` in answers, on the questions of this kind alone."""
+    """By kind of question: every method's difference to ``other`` in answers, on the questions of this kind alone.
+
+    Kinds of a single question are left out: nothing can be said of how sure such a difference is.
+    """
     right = {m: trials.right(found, task) for m, found in runs.items()}
-    return {kind: _against({m: r[:, where] for m, r in right.items()}, other) for kind, where in kinds.items()}
+    several = {kind: where for kind, where in kinds.items() if len(where) > 1}
+    return {kind: _against({m: r[:, where] for m, r in right.items()}, other) for kind, where in several.items()}
 
 
 def tally(
