@@ -84,7 +84,7 @@ def test_latent_students_read_no_chat_no_choices_and_no_phrase_of_an_answer(name
 
 def test_latent_documents_are_worked_stories_sums_plain_questions_and_programs() -> None:
     kinds = Counter(
-        "qa" if text.startswith("Q: ") else 
+        "qa" if text.startswith("Q: ") else
         "announced" if "\n# def " in text else "commented" if text.startswith("# Find ") else
         "raw" if text.startswith("def ") else "sums" if re.match(r"\d+ .* = ", text) else
         "story" if " = " in text.split("\n")[-1] else "statements"
