@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from semalign.benchmarks import answers, sandbox
 from semalign.benchmarks.data import DataError, Row, as_datasets, load_items, overlap, sample, task_data
 from semalign.benchmarks.registry import BENCHMARKS, benchmark
+from semalign.benchmarks.sandbox.judging import judge
 
 __all__ = [
     "BENCHMARKS",
@@ -201,26 +202,27 @@ def _record(lm: Any, item: Row, asked: dict[str, Any], task: str, protocol: str)
         given = list(zip([choice for _, choice in asked["arguments"]], scores, strict=True))
         record["scores"] = scores
         record["too_long"] = max(len(lm.tok_encode(p + c)) for p, c in asked["arguments"]) > lm.max_length
-    judge = benchmark(task).judge
-    record |= judge(item, given, protocol) if judge else {}
+    reading = benchmark(task).judge
+    record |= reading(item, given, protocol) if reading else {}
     if record["too_long"]:
         record |= {name: 0.0 for name in record if name.startswith("correct")}
     return record
 
 
 def _run_code(records: list[dict[str, Any]], items: list[Row], task: str, isolation: str) -> None:
-    programs = [
-        answers.program(task, item, text)
+    tasks = [
+        answers.judged(task, item, text)
         for record, item in zip(records, items, strict=True)
         for text in record["responses"]
     ]
-    outcomes = iter(sandbox.run_programs(programs, timeout_s=TIMEOUT_S, isolation=isolation))
+    outcomes = iter(judge(tasks, timeout_s=TIMEOUT_S, isolation=isolation))
     for record in records:
         of_record = [next(outcomes) for _ in record["responses"]]
         record["passed"] = [o.passed and not record["too_long"] for o in of_record]
         record["reasons"] = [o.reason for o in of_record]
         record["prediction"] = record["reasons"][0]
         record["correct"] = sum(record["passed"]) / len(of_record)
+        record["judged"] = of_record[0].judged
         record["isolation"] = sandbox.active_level()
 
 

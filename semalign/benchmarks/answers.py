@@ -7,6 +7,8 @@ import re
 from decimal import Decimal
 from typing import Any
 
+from semalign.benchmarks.sandbox.judging import Task
+
 CODE = "Here is the completed function:\n\n\n```python\n"
 """How an answer begins that is a program."""
 # A minus is a sign where no operand stands before it: "5-3" holds 5 and 3.
@@ -60,13 +62,26 @@ def program(task: str, doc: dict[str, Any], generation: str) -> str:
     The solution is compiled by itself, so that it cannot reach into the tests by an open string or bracket, and its
     ``from __future__`` imports are its own.
     """
+    return judged(task, doc, generation).whole
+
+
+def judged(task: str, doc: dict[str, Any], generation: str) -> Task:
+    """One answer to a benchmark of programs, with what judges it.
+
+    Raises:
+        ValueError: the answers of this benchmark are not programs.
+    """
     from semalign.benchmarks.registry import benchmark  # whose rows import this module
 
     row = benchmark(task)
     if row.solution is None or row.tests is None:
         raise ValueError(f"the answers of {task} are not programs")
-    code = row.solution(doc, code_of(generation))
-    return "\n".join([f"exec(compile({code!r}, '<solution>', 'exec'), globals())", *row.tests(doc)])
+    code, tests = row.solution(doc, code_of(generation)), "\n".join(row.tests(doc))
+    return Task(
+        solution=code, tests=tests, head=row.head(doc) if row.head else "", inside=bool(row.inside and row.inside(doc)),
+        names=tuple(row.names(doc)) if row.names else (),
+        whole=f"exec(compile({code!r}, '<solution>', 'exec'), globals())\n{tests}",
+    )  # fmt: skip
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:

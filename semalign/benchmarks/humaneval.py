@@ -17,10 +17,14 @@ def solution(row: Row, code: str) -> str:
     For a chat model the prompt opens a code block and leaves the whole function to it; with Open-Instruct's bare
     opening and Codex's stop strings such a model is stopped at its first ``def``.
     """
+    whole = re.search(rf"^(async )?def {re.escape(row['entry_point'])}\b", code, re.MULTILINE)
+    return hoisted(head(row), code) if whole else row["prompt"] + code
+
+
+def head(row: Row) -> str:
+    """The prompt's imports and helper functions, which stand before the function that is asked for."""
     name = re.escape(row["entry_point"])
-    whole = re.search(rf"^(async )?def {name}\b", code, re.MULTILINE)
-    head = re.split(rf"^def {name}\b", row["prompt"], maxsplit=1, flags=re.MULTILINE)[0]
-    return hoisted(head, code) if whole else row["prompt"] + code
+    return re.split(rf"^def {name}\b", row["prompt"], maxsplit=1, flags=re.MULTILINE)[0]
 
 
 def response(row: Row) -> str:
@@ -80,6 +84,7 @@ BENCHMARK = Benchmark(
     response=response,
     check=check,
     solution=solution,
+    head=head,
     tests=lambda row: [row["test"], f"check({row['entry_point']})"],
     read=read,
     parts=(),

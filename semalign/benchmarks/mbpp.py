@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from semalign.benchmarks.answers import CODE
@@ -39,6 +40,17 @@ def read(folder: Path | None, split: str) -> tuple[str, list[Row]]:
     return str(path), rows
 
 
+def names(row: Row) -> list[str]:
+    """The functions of the reference solution that the tests call; one of them is called ``sum``."""
+    made = re.findall(r"^def (\w+)", row.get("code") or "", re.MULTILINE)
+    return [name for name in dict.fromkeys(made) if re.search(rf"\b{name}\b", "\n".join(row["test_list"]))]
+
+
+def inside(row: Row) -> bool:
+    """Whether the reference solution defines a class, whose objects the tests then hold: they cannot cross."""
+    return bool(re.search(r"^class ", row.get("code") or "", re.MULTILINE))
+
+
 BENCHMARK = Benchmark(
     title="programs from a sentence",
     programs=True,
@@ -58,6 +70,8 @@ BENCHMARK = Benchmark(
     response=lambda row: str(row["code"]),
     solution=lambda row, code: code,
     tests=lambda row: [row.get("test_setup_code") or "", *row["test_list"]],
+    names=names,
+    inside=inside,
     hub=("google-research-datasets/mbpp", "full", "4bb6404fdc6cacfda99d4ac4205087b89d32030c"),
     read=read,
     parts=("train", "validation"),

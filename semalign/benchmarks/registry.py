@@ -34,7 +34,9 @@ class Benchmark:
             [0, 1], and other readings as ``correct_NAME``. The answers are texts, or (continuation, log-probability)
             pairs. None where ``programs`` decide.
         programs: the answers are programs, which have to be run.
-        solution: ``(row, text)`` to the program that an answer stands for; ``tests``: the lines that judge it.
+        solution: ``(row, text)`` to the program that an answer stands for; ``tests``: the lines that judge it;
+            ``head``: what they need of the question; ``names``: functions of the solution that may be called
+            as built-in ones are; ``inside``: whether tests and solution have to share a process.
         check: raises ValueError where a row cannot be asked, and fills in what may be left out.
         columns: further columns that ``protocols`` name.
         hub: dataset, configuration and revision; None where the hub is not asked.
@@ -54,6 +56,9 @@ class Benchmark:
     programs: bool = False
     solution: Callable[[Row, str], str] | None = None
     tests: Callable[[Row], list[str]] | None = None
+    head: Callable[[Row], str] | None = None
+    names: Callable[[Row], list[str]] | None = None
+    inside: Callable[[Row], bool] | None = None
     optional: tuple[str, ...] = ()
     check: Callable[[Row], None] | None = None
     columns: Callable[[Row], dict[str, str]] | None = None

@@ -44,7 +44,8 @@ _UID = 1_000_000  # root's programs run as users of their own from here on: the 
 _FLAGS = ("-s", "-S", "-P", "-B", "-X", "utf8", "-c")
 _ENV = {"PYTHONHASHSEED": "0"}  # sets are ordered alike in every run, so a verdict does not change
 
-_DRIVER = Path(__file__).with_name("driver.py").read_text(encoding="utf-8")  # its file is not there in a sandbox
+# Texts and not modules: their files are not there in a sandbox.
+_DRIVER = "\n".join(Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("plain.py", "driver.py"))
 
 
 class SandboxError(RuntimeError):
@@ -57,13 +58,15 @@ class Outcome:
 
     ``passed``: the program ran to its end, without an exception, an early exit or a running thread, within its limits.
     ``reason``: ``passed``, ``timed out``, ``too much output``, or what stopped it. ``seconds``: wall clock of the
-    program without the interpreter's start. ``output``: the last 2,000 characters that it printed.
+    program without the interpreter's start. ``output``: the last 2,000 characters that it printed. ``judged``:
+    ``inside`` where tests and program shared a process, which a program that means to can deceive, else ``apart``.
     """
 
     passed: bool
     reason: str
     seconds: float
     output: str = ""
+    judged: str = "inside"
 
 
 def _python() -> str:
@@ -189,8 +192,8 @@ class _Box:
     folder: str | None
 
 
-def _open_box(tool: str | None, worker: int) -> _Box:
-    uid = _UID + os.getpid() % 10_000 * 100 + worker if tool and os.geteuid() == 0 else 0
+def _open_box(tool: str | None, worker: int, text: str | None = None) -> _Box:
+    uid = _UID + os.getpid() % 10_000 * 1000 + worker % 1000 if tool and os.geteuid() == 0 else 0
     folder = None if tool else tempfile.mkdtemp(prefix="semalign-")
     roots = _visible() if tool else (*_visible(), f"{folder}/")
     ours, theirs = socket.socketpair()
@@ -198,7 +201,7 @@ def _open_box(tool: str | None, worker: int) -> _Box:
     bound = ["setpriv", "--pdeathsig", "KILL", "--no-new-privs"]  # bubblewrap does this itself
     command = bound if tool != "bubblewrap" and shutil.which("setpriv") else []
     command += _TOOLS[tool](uid) if tool else []
-    command += [_python(), *_FLAGS, _DRIVER, str(theirs.fileno()), str(uid), "0" if tool else "1", *roots]
+    command += [_python(), *_FLAGS, text or _DRIVER, str(theirs.fileno()), str(uid), "0" if tool else "1", *roots]
     with theirs:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -207,10 +210,10 @@ def _open_box(tool: str | None, worker: int) -> _Box:
     return _Box(process, ours, tool, folder)
 
 
-def _close_box(box: _Box) -> None:
+def _close_box(box: _Box, *, at_once: bool = False) -> None:
     box.control.close()  # its first process ends by this, and the kernel ends with it all others of its namespace
     try:
-        box.process.wait(0.5)
+        box.process.wait(0 if at_once else 0.5)
     except subprocess.TimeoutExpired:
         os.killpg(box.process.pid, signal.SIGKILL)
         box.process.wait()

@@ -21,10 +21,15 @@ MODULES = (
 )  # fmt: skip
 
 
-def run(fd: int, uid: int, strict: bool, roots: tuple[str, ...]) -> None:
-    """Run the program that comes over the socket ``fd``, as the user ``uid``, and never return from one that fails.
+if typing.TYPE_CHECKING:  # the text of plain.py stands above this one
+    from semalign.benchmarks.sandbox.plain import BYTES, pack, unpack
 
-    ``strict``: the guard is all there is, and refuses files outside ``roots``.
+
+def prepare(fd: int, uid: int, strict: bool, roots: tuple[str, ...]) -> tuple:
+    """Become the user ``uid``, take the limits and the program that come over the socket ``fd``, and set up the guard.
+
+    ``strict``: the guard is all there is, and refuses files outside ``roots``. Returns (take, token, program, guard):
+    ``take(size)`` reads exactly so many bytes.
     """
     read, write, leave, threads, sleep = posix.read, posix.write, posix._exit, _thread._count, time.sleep
 
@@ -76,9 +81,16 @@ def run(fd: int, uid: int, strict: bool, roots: tuple[str, ...]) -> None:
             write(2, b"\nrefused: " + f"{event} {args[:1]}"[:200].encode())
             leave(4)
 
-    stub = kind(sys)("_posixsubprocess")  # lets `import asyncio` work; starting a process does not
+    stub = type(sys)("_posixsubprocess")  # lets `import asyncio` work; starting a process does not
     stub.fork_exec = None
     sys.modules['_posixsubprocess'] = stub  # fmt: skip
+    return take, token, source, guard
+
+
+def run(fd: int, uid: int, strict: bool, roots: tuple[str, ...]) -> None:
+    """Run the program that comes over the socket ``fd``, as the user ``uid``, and never return from one that fails."""
+    read, write, leave, threads, sleep = posix.read, posix.write, posix._exit, _thread._count, time.sleep
+    _, token, source, guard = prepare(fd, uid, strict, roots)
     join = "import sys\nt = sys.modules.get('threading')\nt and t._shutdown()"
     sys.addaudithook(guard)
     gate = iter(_functools.partial(read, fd, 1), b"")  # a C iterator: reads at the same stack depth every time
@@ -99,11 +111,49 @@ def run(fd: int, uid: int, strict: bool, roots: tuple[str, ...]) -> None:
         leave(1)
 
 
+def answer(fd: int, uid: int, strict: bool, roots: tuple[str, ...]) -> None:
+    """Run the program that comes over the socket ``fd``, then call its functions as asked and answer in plain values.
+
+    Nothing here has to withstand the program: it can answer what it likes, and nothing else is in its reach.
+    """
+    take, token, source, guard = prepare(fd, uid, strict, roots)
+    namespace: dict[str, typing.Any] = {}
+
+    def say(kind: str, value: object, text: str = "") -> None:
+        data = pack((kind, value, text))
+        data = len(data).to_bytes(4, "big") + data
+        while data:
+            data = data[posix.write(fd, data) :]
+
+    def fail(error: BaseException) -> None:
+        say("raised", type(error).__name__, str(error)[:2000])
+
+    hook = sys.addaudithook
+    hook(guard)
+    posix.write(fd, token)
+    take(1)
+    try:
+        exec(compile(source, "<solution>", "exec"), namespace)
+    except BaseException as error:
+        fail(error)
+        posix._exit(1)
+    say("value", None)
+    while True:
+        size = int.from_bytes(take(4), "big")
+        try:
+            if size > BYTES:
+                posix._exit(1)
+            name, args, options = unpack(take(size))
+            say("value", namespace[name](*args, **options))
+        except BaseException as error:
+            fail(error)
+
+
 def serve(fd: int, uid: int, strict: bool, roots: tuple[str, ...]) -> None:
     """Fork a process for every request that comes over the socket ``fd``, until it closes; then say what is left.
 
-    A request carries two descriptors: the program's socket, and where it prints. The answer is ``same`` where the
-    working folder is empty as before, else ``used``.
+    A request, ``r`` to run a program or ``c`` to call its functions, carries two descriptors: the program's socket, and
+    where it prints. The answer is ``same`` where the working folder is empty as before, else ``used``.
     """
     control = _socket.socket(fileno=fd)
     while True:
@@ -114,11 +164,12 @@ def serve(fd: int, uid: int, strict: bool, roots: tuple[str, ...]) -> None:
         child = posix.fork()
         if not child:
             control.close()
-            posix.setsid()
+            if asked == b"r":  # who has functions called ends this box with all its processes, as one group
+                posix.setsid()
             posix.dup2(out, 1)
             posix.dup2(out, 2)
             posix.close(out)
-            run(channel, uid, strict, roots)
+            (answer if asked == b"c" else run)(channel, uid, strict, roots)
             posix._exit(5)
         posix.close(channel)
         posix.close(out)
