@@ -62,6 +62,7 @@ def fact_item(fact: facts.Fact, asked: facts.Question, split: str) -> Item:
 def problem_item(problem: problems.WordProblem, split: str) -> Item:
     """A word problem in the prompt that LaTen gives GSM8K."""
     user = f"Answer the following question.\n\nQuestion: {problem.question}"
+    # each step ends in a full stop, which the benchmark's own solutions, prose, bring along
     response = f"Answer: {problem.working} So the answer is {problem.steps[-1][1]}."
     topic = "1 step" if len(problem.steps) == 1 else f"{len(problem.steps)} steps"
     record = {"question": problem.question, "answer": problem.answer, "topic": topic, "known": ""}
@@ -77,7 +78,7 @@ def completion_item(program: problems.Program, split: str, number: int) -> Item:
     record |= {"canonical_solution": f"{program.body}\n", "test": "def check(candidate):\n" + "".join(checks)}
     record |= {"topic": program.params, "known": ""}
     user = f"Complete the following python function.\n\n\n{prompt}"
-    response = f"{CODE}{program.head}\n{program.body}"
+    response = f"{CODE}{program.head}\n{program.body}"  # without the docstring, which is half of a prompt this short
     return Item("humaneval", split, program.params, record, user, response, program.signature)
 
 

@@ -161,9 +161,6 @@ def code_key(method: str = "", tasks: tuple[str, ...] = ()) -> str:
     digest = hashlib.sha256()
     for name, path in sorted(_closure(methods, tasks).items()):
         digest.update(f"{name} {_meaning(path, frozenset(methods))}".encode())
-    for path in sorted((PACKAGE / "benchmarks").rglob("*.yaml")):
-        if not tasks or path.name.startswith(("_", *tasks)):
-            digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 
 

@@ -19,6 +19,7 @@ import torch
 
 from semalign import classroom
 from semalign.benchmarks import load_items
+from semalign.benchmarks.registry import BENCHMARKS, wrap
 from semalign.classroom import corpora, facts, family, make, problems, training
 
 
@@ -396,3 +397,17 @@ def test_teachers_know_what_they_were_taught_and_nobody_knows_the_placebo() -> N
 def test_the_gap_in_width_and_depth_is_the_papers() -> None:
     large, small = make.RECIPES["pico-l"], make.RECIPES["pico-s"]
     assert small.width / large.width == small.layers / large.layers == 0.8
+
+
+@pytest.mark.parametrize("subject", corpora.SUBJECTS)
+def test_prompts_are_the_benchmarks_byte_for_byte(subject: str) -> None:
+    row = BENCHMARKS[subject]
+    for item in corpora.items(subject, "validation")[:50]:
+        assert item.user == row.user(item.record)
+        assert corpora.chat(item.user) == wrap(item.user)
+        assert item.response.startswith(row.opening)
+        if subject in (
+            "mmlu",
+            "mbpp",
+        ):  # a word problem's steps end in a full stop here, and a program has no docstring
+            assert item.response == row.opening + row.response(item.record)
