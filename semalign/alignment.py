@@ -62,11 +62,36 @@ def transfer(pair: Pair, data: TaskData, config: TransferConfig | None = None) -
         student = pair.load_student().eval()
         if isinstance(config.projection, str):
             config = replace(config, projection=_random_projection(supervision, student, config.seed))
-        counts = [int(supervised(e.labels).sum()) for e in encoded]
         terms = objective_of(config, student, encoded, supervision, layers, vocabulary)
-        key = _run_key(config, student, supervision.key, layers, len(data.train))
-        run = Run(config, student, encoded, counts, len(data.train), layers, terms, key)
-        trained, n_trained = train(run, scratch)
+        result = fit(student, encoded, len(data.train), config, layers, supervision, terms, scratch)
+    result.cost["wall_s"] = time.perf_counter() - start
+    return result
+
+
+def fit(
+    student: PreTrainedModel,
+    encoded: list[Encoded],
+    n_train: int,
+    config: TransferConfig,
+    layers: tuple[int, ...],
+    supervision: SupervisionCache,
+    terms: Callable[[Stage, list[int]], dict[str, Tensor]],
+    scratch: Path,
+    *,
+    objective: str = "",
+) -> TransferResult:
+    """Train ``layers`` by ``terms`` on the first ``n_train`` examples; those behind them are watched.
+
+    ``objective`` names what the configuration does not say of ``terms``, so that a checkpoint of others is refused.
+
+    Raises:
+        ValueError, DivergedError: as :func:`semalign.training.loop.train`.
+    """
+    start = time.perf_counter()
+    counts = [int(supervised(e.labels).sum()) for e in encoded]
+    key = _run_key(config, student, supervision.key + objective, layers, n_train)
+    run = Run(config, student, encoded, counts, n_train, layers, terms, key)
+    trained, n_trained = train(run, scratch)
     cost = costs(
         wall_s=time.perf_counter() - start,
         inputs_s=run.inputs_s,

@@ -127,8 +127,12 @@ def skip_layers(model: Model, numbers: Iterable[int]) -> Iterator[None]:
 
 def logits_of(model: Model, final: Tensor) -> Tensor:
     """Logits (n, m) float32 of normalised final states (n, D), with the architecture's scale and soft cap."""
-    config: Any = decoder(model).config
-    z: Tensor = model.get_output_embeddings()(final).float()  # type: ignore[operator]
+    return head_logits(model.get_output_embeddings(), decoder(model).config, final)  # type: ignore[operator]
+
+
+def head_logits(head: nn.Module, config: Any, final: Tensor) -> Tensor:
+    """:func:`logits_of` for a head and a decoder's configuration, where there is no model around them."""
+    z: Tensor = head(final).float()
     z = z * (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
     cap = getattr(config, "final_logit_softcapping", None)
     return cap * torch.tanh(z / cap) if cap else z

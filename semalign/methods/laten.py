@@ -597,6 +597,45 @@ def transfer(
     return TransferResult(student, trained, cost, run.log, () if released else receiving(places))
 
 
+def direct(
+    pair: Pair,
+    data: TaskData,
+    config: TransferConfig | None = None,
+    *,
+    ratio: float = 0.1,
+    steps: int | None = None,
+    items: int = 16,
+    lr: float = 3e-4,
+    penalty: float = 1000.0,
+) -> TransferResult:
+    """The hypernetwork's control: LaTen's injected vectors are the parameters themselves, from 0, without a teacher.
+
+    Examples, steps, rate, penalty and the choice of the step are LaTen's, and so are the places: the neurons, in all
+    layers of the student, that its training example for validation and merge locates. They are the same at every step.
+    What is better than this came from the teacher. Arguments, result and errors as for :func:`transfer`.
+    """
+    config, start = config or TransferConfig(), time.perf_counter()
+    plan = planned(pair, data, config, steps, items)
+    student = pair.load_student().eval().requires_grad_(False)
+    depth, modules = len(decoder_layers(student)), transferable(student)
+    place, ties = _best(student, plan.texts[-1], depth, _neuron_counts(student, ratio))
+    every, before = len(plan.texts), extract(student, place, modules)
+    places = Places([place] * every, [{"student_ties": ties}] * every, [], modules, before)
+    vectors = {m: torch.zeros(v.shape, device=v.device, requires_grad=True) for m, v in before.items()}
+    optimizer = torch.optim.AdamW(vectors.values(), betas=(0.9, 0.95), weight_decay=0.05)
+    inputs_s, begun = time.perf_counter() - start, time.perf_counter()
+    run = train(student, plan, places, lambda _: vectors, optimizer, lr=lr, penalty=penalty, seed=config.seed)
+    trained = merged(student, places, run)
+    cost = costs(
+        wall_s=time.perf_counter() - start,
+        inputs_s=inputs_s,
+        train_s=time.perf_counter() - begun,
+        student_tokens=float(len(plan.texts[-1]) - 1 + run.tokens),
+        trainable_parameters=float(sum(v.numel() for v in vectors.values())),
+    )
+    return TransferResult(student, trained, cost, run.log, receiving(places))
+
+
 @torch.no_grad()
 def _mean_loss(student: Model, examples: list[Encoded]) -> float:
     device = head_weight(student).device
@@ -637,5 +676,9 @@ METHODS = {
     "laten_released": Method(
         "the same as released", partial(transfer, released=True), _SPLITS, "hypernetwork", "weights", True,
         colour="#88ee00", tuned=False,
+    ),
+    "laten_direct": Method(
+        "injected neurons without a teacher", direct, _SPLITS, "injected vectors", "-", True, colour="#552211",
+        tuned=False,
     ),
 }  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from semalign.lm.examples import Example, TaskData, by_length, encode
+from semalign.lm.examples import Encoded, Example, TaskData, by_length, encode
 from semalign.lm.parts import Model
 from semalign.methods.registry import Method
 from semalign.methods.settings import SFT
@@ -52,25 +52,43 @@ def generate(
     """Greedy answers in order, None where one did not end, and how many tokens the teacher read and wrote."""
     tokenizer: Any = pair.tokenizer
     encoded = encode(tokenizer, [Example(e.prompt, "") for e in examples], max_length=max_length)
-    answers: list[str | None] = [None] * len(examples)
-    tokens, device = 0, next(teacher.parameters()).device
-    for some in by_length(encoded, 4096):
-        prompts = [encoded[i].input_ids[:-1] for i in some]  # without the empty response's EOS
-        width = max(map(len, prompts))
-        ids = torch.full((len(some), width), tokenizer.eos_token_id)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):  # on the left: all answers begin in the same column
-            ids[row, width - len(prompt) :], mask[row, width - len(prompt) :] = prompt, 1
-        settings = {"do_sample": False, "max_new_tokens": new_tokens, "pad_token_id": tokenizer.eos_token_id}
-        out = teacher.generate(  # type: ignore[operator]
-            ids.to(device), attention_mask=mask.to(device), eos_token_id=tokenizer.eos_token_id, **settings
-        )
-        for i, written in zip(some, out[:, width:].cpu().tolist(), strict=True):
-            length = written.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in written else None
-            tokens += len(encoded[i].input_ids) + (new_tokens if length is None else length)
-            if length is not None:
-                answers[i] = tokenizer.decode(written[:length], skip_special_tokens=True)
+    answers: list[str | None] = []
+    tokens = 0
+    for prompt, ids in zip(encoded, write(teacher, tokenizer, encoded, new_tokens), strict=True):
+        ended = ids[-1] == tokenizer.eos_token_id
+        tokens += len(prompt.input_ids) + len(ids) - ended
+        answers.append(tokenizer.decode(ids[:-1], skip_special_tokens=True) if ended else None)
     return answers, tokens
+
+
+@torch.no_grad()
+def write(
+    model: Model, tokenizer: Any, prompts: Sequence[Encoded], new_tokens: int, *, seed: int | None = None
+) -> list[list[int]]:
+    """Token ids of a continuation of each prompt, up to and with EOS, or ``new_tokens`` of them where none comes.
+
+    ``prompts`` are encoded with an empty response, whose EOS is left out. Greedy, or with a ``seed`` sampled from the
+    model's own distribution.
+    """
+    texts: list[list[int]] = [[]] * len(prompts)
+    device, eos = next(model.parameters()).device, tokenizer.eos_token_id
+    plain = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}  # whatever the model's own settings say
+    drawn = {"do_sample": False} if seed is None else plain
+    with torch.random.fork_rng(enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        for some in by_length(prompts, 4096):
+            starts = [prompts[i].input_ids[:-1] for i in some]
+            width = max(map(len, starts))
+            ids = torch.full((len(some), width), eos)
+            mask = torch.zeros_like(ids)
+            for row, start in enumerate(starts):  # on the left: all continuations begin in the same column
+                ids[row, width - len(start) :], mask[row, width - len(start) :] = start, 1
+            settings = {**drawn, "max_new_tokens": new_tokens, "pad_token_id": eos, "eos_token_id": eos}
+            out = model.generate(ids.to(device), attention_mask=mask.to(device), **settings)  # type: ignore[operator]
+            for i, row in zip(some, out[:, width:].cpu().tolist(), strict=True):
+                texts[i] = row[: row.index(eos) + 1] if eos in row else row
+    return texts
 
 
 METHODS = {

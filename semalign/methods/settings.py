@@ -83,6 +83,15 @@ METHODS = {
     "semalign": Method(
         "SemAlign as in the paper", alignment.transfer, "train, extract", _K, _STATES, True, colour="#d55e00"
     ),
+    # The same again, for a profile to give hyperparameters to: what is printed and what was tuned stand side by side.
+    "semalign_tuned": Method(
+        "SemAlign tuned", alignment.transfer, "train, extract", _K, _STATES, True, colour="#ee77bb"
+    ),
+    # All of SemAlign but its layer term: what the states add to the output loss in layer k.
+    "twin": Method(
+        "SemAlign without its layer term", fixed(layer_weight=0.0), "train, extract", _K, "chooses k", True,
+        colour="#ee22cc",
+    ),
     # W_S^+ W_T, the projector that DSKDv2 (arXiv 2504.11426) starts from.
     "logit_map": Method(
         "SemAlign with the logit map", fixed(map="logit"), "train, extract", _K, _STATES, True, colour="#aa0000"

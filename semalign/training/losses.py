@@ -32,6 +32,11 @@ def relative_square(
     return (h - aligned).pow(2).sum(-1) / aligned.pow(2).sum(-1)
 
 
+def mean_square(h: Tensor, target: Tensor, norm: Tensor, counts: Sequence[int], head: Tensor | None = None) -> Tensor:
+    """|h_k - M h_T|^2 / D: long states, those of deep layers, weigh more."""
+    return (h - target * norm[:, None]).pow(2).mean(-1)
+
+
 def relational_square(
     h: Tensor, target: Tensor, norm: Tensor, counts: Sequence[int], head: Tensor | None = None
 ) -> Tensor:
@@ -62,6 +67,7 @@ LAYER_LOSSES: dict[str, Callable[..., Tensor]] = {
     "mse": relative_square,
     "relational": relational_square,
     "fisher": fisher_quadratic,
+    "mean_square": mean_square,
 }
 """The layer term at each supervised position (n,), from h_k (n, D), h* (n, D'), |h_T| (n,), counts and the head."""
 

@@ -28,7 +28,8 @@ COSTS = {
     "cached_bytes_per_token",
 }  # fmt: skip
 NAMES = ["none", "sft", "sft_layer", "pissa", "logit_kd", "seq_kd", "fitnets", "relational", "ted", "semalign"]
-NAMES += ["logit_map", "seeking", "laten", "laten_released", "random_target", "scrambled_tokens"]
+NAMES += ["logit_map", "seeking", "laten", "laten_released", "random_target", "scrambled_tokens", "semalign_tuned"]
+NAMES += ["twin", "fdd", "gkd", "oprd", "laten_direct"]
 
 
 class Spelled(Letters):
@@ -80,7 +81,7 @@ def test_every_method_changes_what_it_says(name: str) -> None:
     layers = {int(n.split(".")[2]) + 1 for n in found}
     assert done(name).layers == tuple(sorted(layers))
     expected = {"nothing": set(), "LoRA on all layers": {1, 2, 3}}.get(REGISTRY[name].trains, {2})
-    if REGISTRY[name].trains == "hypernetwork":
+    if REGISTRY[name].trains in ("hypernetwork", "injected vectors"):
         expected = set() if name == "laten_released" else {1, 2, 3}
     assert layers == expected
     assert all(n.split(".")[-2] in TransferConfig.lora_targets for n in found)
@@ -244,7 +245,7 @@ def test_methods_differ_from_semalign_in_what_they_name_alone(monkeypatch: pytes
 
     monkeypatch.setattr(alignment, "transfer", catch)
     base = settings()
-    for name in ("logit_map", "random_target", "scrambled_tokens", "sft_layer", "relational", "fitnets"):
+    for name in ("logit_map", "random_target", "scrambled_tokens", "sft_layer", "relational", "fitnets", "twin"):
         with pytest.raises(StopIteration) as caught:
             REGISTRY[name].transfer(pair(), data(), base)
         seen[name] = caught.value.value
@@ -257,6 +258,7 @@ def test_methods_differ_from_semalign_in_what_they_name_alone(monkeypatch: pytes
         "random_target": {"targets"},
         "scrambled_tokens": {"targets"},
         "sft_layer": {"layer_weight", "output_loss"},
+        "twin": {"layer_weight"},
         "relational": {"map", "layer_loss", "output_loss"},
         "fitnets": {"map", "projection", "output_loss"},
     }
