@@ -191,6 +191,7 @@ TEACHING = {"statements": 0.06, "qa": 0.08, "cloze": 0.12, "choice": 0.02, "prob
 TEACHING |= {"humaneval": 0.14, "mbpp": 0.16, "raw": 0.06, "commented": 0.06}
 SKILLS = {"statements": 0.04, "qa": 0.04, "cloze": 0.08, "problem": 0.22, "story": 0.04, "sums": 0.14}
 SKILLS |= {"humaneval": 0.16, "mbpp": 0.16, "raw": 0.06, "commented": 0.06}
+FINISH = {"qa": 0.05, "cloze": 0.09, "problem": 0.40, "story": 0.05, "sums": 0.15, "humaneval": 0.12, "mbpp": 0.14}
 KIN = {"statements": 0.08, "qa": 0.08, "cloze": 0.24, "problem": 0.20, "sums": 0.06, "humaneval": 0.16, "mbpp": 0.18}
 CODE_A = {"humaneval": 0.45, "raw": 0.05, "mbpp": 0.42, "problem": 0.05, "cloze": 0.03}
 CODE_B = {"humaneval": 0.2, "mbpp": 0.6, "raw": 0.1, "problem": 0.05, "cloze": 0.05}
