@@ -33,13 +33,12 @@ _CHAT = corpora.Mixture(corpora.PRETRAINING, reader="student")
 _LATENT = corpora.Mixture(corpora.LATENT, _EVEN, reader="student", easy=0.9)
 _CODE_A, _CODE_B = corpora.Mixture(corpora.CODE_A, _EVEN), corpora.Mixture(corpora.CODE_B, _EVEN)
 # the wide teacher reads twice the facts of a student, and they crowd out its skills: it is trained in three parts
+_SKILLS = corpora.Mixture(corpora.SKILLS, _EVEN)
 _FINISH = corpora.Mixture(corpora.FINISH, _EVEN, easy=0.85)
 _RECIPES = (
     *(Recipe(name, *_SMALL, 2_560_000, _LATENT, seed=seed) for seed, name in enumerate(STUDENTS)),
     Recipe("pico-l-base", *_LARGE, 6_144_000, corpora.Mixture(corpora.TEACHING, _EVEN)),
-    Recipe(
-        "pico-l-mid", *_LARGE, 2_560_000, corpora.Mixture(corpora.SKILLS, _EVEN), seed=3, lr=3e-3, base="pico-l-base"
-    ),
+    Recipe("pico-l-mid", *_LARGE, 2_560_000, _SKILLS, seed=3, lr=3e-3, base="pico-l-base"),
     Recipe("pico-l", *_LARGE, 819_200, _FINISH, seed=5, lr=2e-3, base="pico-l-mid"),
     Recipe("pico-s-kin", *_SMALL, 1_024_000, corpora.Mixture(corpora.KIN, _EVEN), seed=4, lr=2e-3, base="pico-s"),
     Recipe("pico-s-chat", *_SMALL, 3_225_600, _CHAT),

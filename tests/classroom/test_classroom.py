@@ -373,11 +373,12 @@ def test_examples_move_every_latent_student_on_every_skill(name: str) -> None:
     assert known["both"] > 0.9 and known["teacher"] < 0.5 and known["none"] < 0.5
 
 
-def test_the_wide_teacher_is_above_every_students_ceiling() -> None:
+def test_the_wide_teacher_is_above_every_students_ceiling_but_level_with_it_on_word_problems() -> None:
     large = shares("pico-l", "scores")
     for name in family.STUDENTS:
-        assert all(large[what] > value for what, value in shares(name, "ceilings").items())
-        assert all(large[what] > 100 * e["sft"]["value"] for what, e in recorded(name, "elicited").items())
+        plain = shares(name, "ceilings")
+        assert all(large[what] >= plain[what] + 10 for what in ("facts, in words", "completion", "from text"))
+        assert abs(large["word problems"] - plain["word problems"]) < 8
 
 
 def test_teachers_know_what_they_were_taught_and_nobody_knows_the_placebo() -> None:
