@@ -197,7 +197,7 @@ def _fill(
     last = len(decoder_layers(teacher)) if "tail" in arrays else max(layer for layer, _ in taps)
     teacher.eval()
     if any(point in SUBLAYERS for _, point in taps):
-        check_sublayers(teacher)
+        check_sublayers(teacher, last)
     with skip_layers(teacher, range(last + 1, len(decoder_layers(teacher)) + 1)), capture(teacher, taps) as seen:
         for examples in by_length(data, batch_tokens):
             batch = collate([data[i] for i in examples], 0, device)

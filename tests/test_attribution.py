@@ -156,6 +156,7 @@ def test_neurons_are_scored_at_the_input_of_down_proj(batch: dict[str, Tensor]) 
         args[0].retain_grad()
         seen.append(args[0])
 
+    check_sublayers(model)  # before the hooks: it runs without gradients
     for layer in model.model.layers:
         layer.mlp.down_proj.register_forward_pre_hook(keep)
     with torch.enable_grad():
