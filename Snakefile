@@ -23,7 +23,7 @@ RESULTS = Path(str(config.get("results", f"results/{CHOSEN.name}"))).as_posix()
 RUN = chapters.chapters_of(CHOSEN)
 DIGESTS = chapters.digests(CHOSEN)
 TRIAL_DIGEST = chapters.run_digest(CHOSEN)
-chapters.adopt(CHOSEN, Path(RESULTS))
+chapters.adopt(Path(RESULTS), DIGESTS)
 GPU = int(CHOSEN.device != "cpu")  # jobs that share a GPU run one after another
 # The small models of a CPU profile gain nothing from a second thread: notebooks run side by side instead.
 THREADS = (workflow.cores or 1) if GPU else 1
@@ -55,7 +55,7 @@ rule book:
         [ancient(made(name)) for name in RUN],
         [ancient(path) for path in the_book.book_sources()],
     output:
-        f"{RESULTS}/book/{the_book.book_digest(CHOSEN)}.built",
+        f"{RESULTS}/book/{the_book.book_digest(DIGESTS)}.built",
     params:
         profile=PROFILE, results=RESULTS, python=PYTHON,
     shell:

@@ -32,7 +32,7 @@ def declared(wing: str) -> dict[str, dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     for path in sorted((PACKAGE / wing).glob("*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            target, value = _assignment(node)
+            target, value = assignment(node)
             if target == "METHODS" and isinstance(value, ast.Dict):
                 pairs = zip(value.keys, value.values, strict=True)
                 rows |= {
@@ -43,7 +43,8 @@ def declared(wing: str) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def _assignment(node: ast.stmt) -> tuple[str, ast.expr | None]:
+def assignment(node: ast.stmt) -> tuple[str, ast.expr | None]:
+    """The name that a statement assigns to, with or without a type, and the value; an empty name for any other."""
     if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
         return node.target.id, node.value
     if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):

@@ -6,13 +6,14 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import yaml
 
-from semalign.pipeline.notebooks import NOTEBOOKS, ROOT, chapters_of, contents, digest, digests, missing
+from semalign.pipeline.notebooks import NOTEBOOKS, ROOT, chapters_of, contents, digest, missing
 from semalign.profiles import Profile, load_profile
 
 OPEN = "open"
@@ -25,9 +26,9 @@ def book_sources() -> list[str]:
     return [p.relative_to(ROOT).as_posix() for p in [*sorted(kept), ROOT / "_config.yml", ROOT / "_toc.yml"]]
 
 
-def book_digest(p: Profile) -> str:
-    """The hash of all that determines the built book."""
-    return digest(digests(p), contents(ROOT / path for path in book_sources()))
+def book_digest(values: Mapping[str, str]) -> str:
+    """The hash of all that determines the built book: its own sources, and the notebooks' digests ``values``."""
+    return digest(values, contents(ROOT / path for path in book_sources()))
 
 
 def stage_book(p: Profile, results: Path) -> Path:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -182,20 +182,15 @@ def stamp(output: Path, value: str) -> None:
     output.with_name(f"{output.name}.{value}").touch()
 
 
-def adopt(p: Profile, results: Path) -> None:
-    """Stamp the finished notebooks of a folder that was put together by hand, where their cells are those of today."""
-    for name, value in digests(p).items():
+def adopt(results: Path, values: Mapping[str, str]) -> None:
+    """Stamp the finished notebooks of a folder that was put together by hand, where their cells are those of today.
+
+    ``values`` are the digests of today, by notebook.
+    """
+    for name, value in values.items():
         output = results / "metrics" / f"{name}.json"
         if output.exists() and not any(output.parent.glob(f"{output.name}.*")) and _same_cells(results, name):
             stamp(output, value)
-
-
-def stale(p: Profile, results: Path) -> set[str]:
-    """The finished notebooks in ``results`` that were made from something else than what is there now."""
-    finished = {name: results / "metrics" / f"{name}.json" for name in chapters_of(p)}
-    values = digests(p)
-    fresh = {name for name, path in finished.items() if path.with_name(f"{path.name}.{values[name]}").exists()}
-    return {name for name, path in finished.items() if path.exists()} - fresh
 
 
 def _same_cells(results: Path, name: str) -> bool:

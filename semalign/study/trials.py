@@ -26,7 +26,7 @@ from semalign.methods import REGISTRY
 from semalign.methods.registry import run
 from semalign.models import Pair, load_pair
 from semalign.pairing import critical_pair
-from semalign.profiles import Profile, TrialSettings
+from semalign.profiles import PACKAGE, Profile, TrialSettings, assignment
 from semalign.study import analysis
 from semalign.supervision import SupervisionCache
 from semalign.training.config import DivergedError, TransferConfig, costs
@@ -34,7 +34,6 @@ from semalign.training.config import DivergedError, TransferConfig, costs
 SPLITS = ("train", "align", "extract", "validation")
 TEACHER = "teacher"  # the name under which the teacher answers
 RESPONSE = 400  # characters of an answer's text that are kept
-PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def seeds_of(method: str, seeds: Sequence[int]) -> Sequence[int]:
@@ -113,8 +112,8 @@ def run_trial(
     if method not in (TEACHER, *REGISTRY):
         raise ValueError(f"unknown method {method!r}: the methods are {', '.join((TEACHER, *REGISTRY))}")
     path = Path(folder, task, f"{method}{'-' + variant if variant else ''}-{seed}.json")
-    asked = [task, *(t for t in p.tasks if t != task and others)] if split else [t for t in p.tasks if t == task]
-    key = trial_key(p, asked or [task], method, seed, changes, split, others, watched)
+    asked = [task, *(t for t in p.tasks if t != task and split and others)]
+    key = trial_key(p, asked, method, seed, changes, split, others, watched)
     if path.exists() and (kept := json.loads(path.read_text(encoding="utf-8")))["key"] == key:
         return dict(kept)
     pair = load_pair(p)
@@ -145,7 +144,7 @@ def trial_key(p: Profile, tasks: Sequence[str], method: str, seed: int, *rest: A
     settings = p.model_dump(mode="json", include=set(TrialSettings.model_fields))
     settings["lr"] = rate(p, method)
     settings["protocols"] = {task: p.protocol(task) for task in tasks}
-    own = [p.hyperparameters.get(method), method, seed, *rest, code_key(method, tuple(tasks)), p.data]
+    own = [p.hyperparameters.get(method), method, seed, *rest, code_key(method, tuple(tasks))]
     told = json.dumps([settings, list(tasks), *own, _data_key() if p.data == "classroom" else ""], default=_fingerprint)
     return hashlib.sha256(told.encode()).hexdigest()
 
@@ -209,11 +208,18 @@ def _meaning(path: Path, methods: frozenset[str]) -> str:
         if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef):
             node.body = [s for s in node.body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
     for node in tree.body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "METHODS":
-            rows = zip(getattr(node.value, "keys", ()), getattr(node.value, "values", ()), strict=True)
-            used = [(ast.dump(k), ast.dump(v.args[1])) for k, v in rows if k.value in methods]
-            node.value = ast.Constant(repr(sorted(used)))
+        name, table = assignment(node)
+        if name == "METHODS" and isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(table, ast.Dict):
+            rows = {ast.literal_eval(k): v for k, v in zip(table.keys, table.values, strict=True) if k is not None}
+            used = [(name, ast.dump(_transfer_of(rows[name]))) for name in sorted(methods & rows.keys())]
+            node.value = ast.Constant(repr(used))
     return ast.dump(tree)
+
+
+def _transfer_of(row: ast.expr) -> ast.expr:
+    """What a row of a table of methods runs: ``transfer``, by name or in its place."""
+    assert isinstance(row, ast.Call)
+    return next((k.value for k in row.keywords if k.arg == "transfer"), None) or row.args[1]
 
 
 def _fingerprint(value: Any) -> str:

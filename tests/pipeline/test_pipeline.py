@@ -77,14 +77,20 @@ def finished(results: Path, p: Profile, *, stamped: bool) -> None:
             notebooks.stamp(metrics, value)
 
 
+def stale(p: Profile, results: Path) -> set[str]:
+    """The finished notebooks whose stamp is not that of today."""
+    values, outputs = notebooks.digests(p), (results / "metrics").glob("*.json")
+    return {o.stem for o in outputs if not o.with_name(f"{o.name}.{values[o.stem]}").exists()}
+
+
 def test_a_finished_folder_can_be_handed_on_and_what_changed_runs_again(tmp_path: Path) -> None:
     p = load_profile("smoke")
     finished(tmp_path, p, stamped=True)
-    assert notebooks.stale(p, tmp_path) == set()
-    assert notebooks.stale(p.changed(lr=0.5), tmp_path) == set(notebooks.chapters_of(p))
+    assert stale(p, tmp_path) == set()
+    assert stale(p.changed(lr=0.5), tmp_path) == set(notebooks.chapters_of(p))
     notebooks.stamp(tmp_path / "metrics/03_pairing.json", "0123456789abcdef")
-    notebooks.adopt(p, tmp_path)
-    assert notebooks.stale(p, tmp_path) == {"03_pairing"}
+    notebooks.adopt(tmp_path, notebooks.digests(p))
+    assert stale(p, tmp_path) == {"03_pairing"}
 
 
 def test_a_folder_without_digests_is_judged_by_its_cells(tmp_path: Path) -> None:
@@ -93,8 +99,8 @@ def test_a_folder_without_digests_is_judged_by_its_cells(tmp_path: Path) -> None
     executed = tmp_path / "notebooks/03_pairing.ipynb"
     executed.write_text(executed.read_text().replace("json.loads(", "json.loads(  ", 1))
     (tmp_path / "notebooks/02_importance.ipynb").write_text("no notebook")
-    notebooks.adopt(p, tmp_path)
-    assert notebooks.stale(p, tmp_path) == {"02_importance", "03_pairing"}
+    notebooks.adopt(tmp_path, notebooks.digests(p))
+    assert stale(p, tmp_path) == {"02_importance", "03_pairing"}
 
 
 def test_snakemake_reruns_the_stale_and_nothing_else(copy: Path) -> None:
@@ -180,8 +186,9 @@ def test_planning_a_run_loads_no_model_library() -> None:
     """Snakemake plans at every call, and a cluster's executor for every job."""
     code = (
         "import sys; from pathlib import Path; from semalign.pipeline import book, notebooks; "
-        "from semalign.profiles import load_profile; p = load_profile('classroom'); notebooks.stale(p, Path('none')); "
-        "book.book_digest(p); [notebooks.trials_of(p, n) for n in notebooks.chapters_of(p)]; "
+        "from semalign.profiles import load_profile; p = load_profile('classroom'); values = notebooks.digests(p); "
+        "notebooks.adopt(Path('none'), values); "
+        "book.book_digest(values); [notebooks.trials_of(p, n) for n in notebooks.chapters_of(p)]; "
         "print('torch' in sys.modules)"
     )
     assert python(ROOT, code) == "False"
