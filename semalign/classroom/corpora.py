@@ -43,6 +43,11 @@ class Item:
     known: str = ""
 
 
+def has(subject: str, split: str) -> bool:
+    """Whether a subject has a split: of the four, facts alone have a ``placebo``."""
+    return subject in SUBJECTS and (split in SIZES or (subject, split) == ("mmlu", "placebo"))
+
+
 def chat(user: str) -> str:
     """The prompt that puts ``user`` into LaTen's chat wrapper; the response follows it."""
     return f"<|user|>\n{user}\n\n<|assistant|>\n"

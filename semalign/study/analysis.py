@@ -10,11 +10,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from semalign.lm.examples import Encoded, collate, supervised
-from semalign.lm.hooks import capture, logits_of
-from semalign.lm.parts import Model, decoder, decoder_layers
-from semalign.supervision import SupervisionCache
-from semalign.training.losses import divergence
+UNVARIED = "a representation is the same for every state, so its similarity to another is not defined"
 
 
 def linear_cka(x: Tensor, y: Tensor, *, unbiased: bool = False) -> float:
@@ -47,7 +43,7 @@ def linear_cka(x: Tensor, y: Tensor, *, unbiased: bool = False) -> float:
         cross = (y.T @ x).square().sum()
         scale = torch.linalg.matrix_norm(x.T @ x) * torch.linalg.matrix_norm(y.T @ y)
     if not scale > 0:
-        raise ValueError("a representation is the same for every state, so its similarity to another is not defined")
+        raise ValueError(UNVARIED)
     return float(cross / scale)
 
 
@@ -60,66 +56,31 @@ def _without_own_pairs(gram: Tensor) -> Tensor:
     return centred - torch.diag(centred.diagonal())
 
 
-@torch.no_grad()
-def read_out(
-    model: Model,
-    encoded: Sequence[Encoded],
-    *,
-    batch: int = 16,
-    teacher: SupervisionCache | None = None,
-    vocabulary: int | None = None,
-) -> dict[str, Tensor]:
-    """What a model makes of given answers, token by token, at the P supervised positions in order of ``encoded``.
+def cka_matrix(rows: Sequence[Tensor], columns: Sequence[Tensor]) -> Tensor:
+    """Linear CKA of every representation in ``rows`` with every one in ``columns``, of the same n states, in float64.
 
-    Args:
-        teacher: another model's top log-probabilities for the same ``encoded``, over the first ``vocabulary`` tokens.
+    As :func:`linear_cka`, with what belongs to one representation computed once: its Gram matrix where n is small, so
+    that a pair costs n^2, else its norm, so that a pair costs n p q.
 
-    Returns:
-        ``loss`` (P,) cross-entropy in nats, ``predicted`` (P,) the most likely token, ``right`` (P,) whether it is the
-        answer's, ``example`` (P,) the index of the example; with ``teacher`` also ``kl`` (P,), the divergence of this
-        model's distribution from it in nats, and ``agree`` (P,), whether both predict the same. On the CPU.
+    Raises:
+        ValueError: as :func:`linear_cka`.
     """
-    names = ("loss", "predicted", "right", "example", *(("kl", "agree") if teacher else ()))
-    columns: dict[str, list[Tensor]] = {name: [] for name in names}
-    device = next(model.parameters()).device
-    for start in range(0, len(encoded), batch):
-        part = collate(encoded[start : start + batch], 0)
-        places = supervised(part["labels"])
-        targets = part["labels"][:, 1:][places[:, :-1]]
-        final = decoder(model)(
-            input_ids=part["input_ids"].to(device), attention_mask=part["attention_mask"].to(device), use_cache=False
-        ).last_hidden_state
-        logits = logits_of(model, final[places.to(device)]).cpu()
-        predicted = logits.argmax(-1)
-        columns["loss"].append(torch.nn.functional.cross_entropy(logits, targets, reduction="none"))
-        columns["predicted"].append(predicted)
-        columns["right"].append(predicted == targets)
-        columns["example"].append(places.nonzero()[:, 0] + start)
-        if teacher:
-            top = teacher.teacher_top(teacher.rows(range(start, min(start + batch, len(encoded)))))
-            columns["kl"].append(divergence("kl", logits[:, :vocabulary], *top))
-            columns["agree"].append(top[1][:, 0] == predicted)
-    return {name: torch.cat(parts) for name, parts in columns.items()}
-
-
-def by_example(values: Tensor, example: Tensor) -> Tensor:
-    """Means of ``values`` (P,) over the positions of each example: (n,), for ``example`` (P,) of indices 0 to n - 1."""
-    n = int(example.max()) + 1
-    sums = torch.zeros(n, dtype=torch.float64).index_add(0, example, values.double())
-    return sums / torch.bincount(example, minlength=n)
-
-
-@torch.no_grad()
-def divergence_between(model: Model, other: Model, encoded: Sequence[Encoded]) -> Tensor:
-    """KL(model, other) in nats, by the first one's probabilities: (n,) means over the supervised positions of each."""
-
-    def of(e: Encoded) -> Tensor:
-        ids = e.input_ids[None]
-        read = (m(input_ids=ids.to(next(m.parameters()).device)).logits[0] for m in (model, other))
-        one, two = (logits.float().log_softmax(-1).cpu() for logits in read)
-        return (one.exp() * (one - two)).sum(-1)[supervised(e.labels)].mean()
-
-    return torch.stack([of(e) for e in encoded]).double()
+    shapes = {(len(x), x.dim()) for x in (*rows, *columns)}
+    if len(shapes) > 1 or min(shapes) < (2, 2):
+        raise ValueError(
+            f"CKA needs matrices (n, p) of the same n > 1: got {[tuple(x.shape) for x in (*rows, *columns)]}"
+        )
+    sides = [[x.detach().double() - x.detach().double().mean(0) for x in side] for side in (rows, columns)]
+    n, widest = len(rows[0]), max(x.shape[1] for x in (*rows, *columns))
+    if n <= widest:
+        grams = [torch.stack([(x @ x.T).flatten() for x in side]) for side in sides]
+        cross, norms = grams[0] @ grams[1].T, [g.norm(dim=1) for g in grams]
+    else:
+        cross = torch.stack([torch.stack([(y.T @ x).square().sum() for y in sides[1]]) for x in sides[0]])
+        norms = [torch.stack([torch.linalg.matrix_norm(x.T @ x) for x in side]) for side in sides]
+    if not all((norm > 0).all() for norm in norms):
+        raise ValueError(UNVARIED)
+    return cross / (norms[0][:, None] * norms[1])
 
 
 class Estimate(NamedTuple):
@@ -312,18 +273,3 @@ def holm(p: Mapping[str, float]) -> dict[str, float]:
         running = max(running, min(1.0, (len(p) - rank) * p[name]))
         adjusted[name] = running
     return {name: adjusted[name] for name in p}
-
-
-@torch.no_grad()
-def layer_outputs(model: Model, encoded: Sequence[Encoded], point: str = "stream") -> list[Tensor]:
-    """Every layer read at ``point``, layer 1 first, at each token of one batch of examples: (tokens, D), on the CPU."""
-    batch = collate(encoded, 0, next(model.parameters()).device)
-    taps = [(k, point) for k in range(1, len(decoder_layers(model)) + 1)]
-    with capture(model, taps) as seen:
-        decoder(model)(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    return [seen[tap][batch["attention_mask"].bool()].float().cpu() for tap in taps]
-
-
-def cka_matrix(rows: Sequence[Tensor], columns: Sequence[Tensor]) -> Tensor:
-    """Linear CKA of every representation in ``rows`` with every one in ``columns``, of the same n states."""
-    return torch.tensor([[linear_cka(x, y) for y in columns] for x in rows])

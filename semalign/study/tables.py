@@ -124,7 +124,7 @@ def closeness(runs: Runs) -> pd.DataFrame:
 
 def forgotten(runs: Runs, task: str) -> pd.DataFrame:
     """The change in the share right of the other tasks that were asked, against the untouched student."""
-    rest = [t for t in runs["none"][0]["answers"] if t != task]
+    rest = [t for t in runs["none"][0]["answers"] if t not in (task, trials.PLACEBO)]
     before = {t: trials.right(runs["none"], t).mean() for t in rest}
     own = [m for m in runs if m not in (TEACHER, "none")]
     rows = {m: {t: (trials.right(runs[m], t).mean() - b).item() for t, b in before.items()} for m in own}

@@ -27,12 +27,13 @@ from semalign.methods.registry import run
 from semalign.models import Pair, load_pair
 from semalign.pairing import critical_pair
 from semalign.profiles import PACKAGE, Profile, TrialSettings, assignment
-from semalign.study import analysis
+from semalign.study import reading
 from semalign.supervision import SupervisionCache
 from semalign.training.config import DivergedError, TransferConfig, costs
 
 SPLITS = ("train", "align", "extract", "validation")
 TEACHER = "teacher"  # the name under which the teacher answers
+PLACEBO = "placebo"  # the split of questions that nobody can know, and the name under which a trial keeps them
 RESPONSE = 400  # characters of an answer's text that are kept
 
 
@@ -102,7 +103,8 @@ def run_trial(
         watched: the split whose reference answers are read: ``test`` only for what has been chosen.
 
     Returns:
-        ``answers``: a task's answers as :func:`answer` keeps them; ``validation``: for each watched
+        ``answers``: a task's answers as :func:`answer` keeps them, and where the trained task has questions that nobody
+        can know, these as ``placebo``; ``validation``: for each watched
         example the mean over its positions of ``loss``, ``right``, and against the teacher ``kl`` (nats) and ``agree``;
         ``cost``; ``layers``: the student layers that were trained.
 
@@ -126,6 +128,8 @@ def run_trial(
         result = run(REGISTRY[method], pair, data, _config(p, pair, seed), own)
         model, spent, layers = result.student, result.cost, result.layers
     answers = {task: answer(p, pair, model, task, split=split)} if split else {}
+    if split and p.data == "classroom" and classroom.has(task, PLACEBO):
+        answers[PLACEBO] = answer(p, pair, model, task, split=PLACEBO)
     for other in asked[1:]:
         answers[other] = answer(p, pair, model, other, limit=others)
     made = {
@@ -315,9 +319,9 @@ def compare(p: Profile, pair: Pair, model: Any, data: TaskData, cache: Path) -> 
     vocabulary = min(vocabulary, len(teacher.get_output_embeddings().weight))
     top = SupervisionCache.build(cache, teacher, encoded, (), top_k=min(64, vocabulary), vocabulary=vocabulary)
     del teacher
-    read = analysis.read_out(model, encoded, batch=p.eval_batch_size, teacher=top, vocabulary=vocabulary)
+    read = reading.read_out(model, encoded, batch=p.eval_batch_size, teacher=top, vocabulary=vocabulary)
     example = read.pop("example")
-    return {n: analysis.by_example(read[n].double(), example).tolist() for n in ("loss", "right", "kl", "agree")}
+    return {n: reading.by_example(read[n].double(), example).tolist() for n in ("loss", "right", "kl", "agree")}
 
 
 def right(trials: Sequence[Mapping[str, Any]], task: str) -> torch.Tensor:

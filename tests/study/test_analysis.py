@@ -1,29 +1,21 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from scipy import stats
-from test_supervision import toy_data
-from tiny import tiny_llama
 from torch import Tensor
 
-from semalign.lm.examples import IGNORED, Encoded, supervised
 from semalign.study.analysis import (
-    by_example,
-    divergence_between,
+    cka_matrix,
     equivalence,
     holm,
     linear_cka,
     over_seeds_and_items,
     questions_needed,
-    read_out,
     too_few_questions,
     variance_of_mean,
     verdict,
 )
-from semalign.supervision import SupervisionCache
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -66,6 +58,19 @@ def test_debiased_cka_does_not_mistake_width_for_likeness() -> None:
         linear_cka(draw(3, 2), draw(3, 2), unbiased=True)
 
 
+@pytest.mark.parametrize("n", [12, 60])  # by Gram matrices, and by products of features
+def test_the_matrix_of_similarities_is_that_of_all_pairs(n: int) -> None:
+    rows = [draw(n, 20, seed=i).cumsum(0) + 3 for i in range(3)]
+    columns = [draw(n, 9, seed=10), rows[0] @ draw(20, 15, seed=11)]
+    matrix = cka_matrix(rows, columns)
+    expected = torch.tensor([[linear_cka(x, y) for y in columns] for x in rows], dtype=torch.float64)
+    torch.testing.assert_close(matrix, expected, atol=1e-12, rtol=1e-10)
+    with pytest.raises(ValueError, match="same n > 1"):
+        cka_matrix(rows, [draw(n + 1, 9)])
+    with pytest.raises(ValueError, match="same for every state"):
+        cka_matrix(rows, [torch.ones(n, 9)])
+
+
 def test_cka_refuses_what_has_no_similarity() -> None:
     with pytest.raises(ValueError, match=r"\(5, 3\) and \(6, 3\)"):
         linear_cka(draw(5, 3), draw(6, 3))
@@ -73,28 +78,6 @@ def test_cka_refuses_what_has_no_similarity() -> None:
         linear_cka(draw(1, 3), draw(1, 3))
     with pytest.raises(ValueError, match="same for every state"):
         linear_cka(torch.ones(5, 3), draw(5, 3))
-
-
-def test_read_out_is_the_models_own_loss_token_by_token() -> None:
-    model = tiny_llama()
-    examples = []
-    for seed, (length, prompt) in enumerate([(9, 4), (5, 2), (7, 6)]):
-        ids = torch.randint(3, 97, (length,), generator=torch.Generator().manual_seed(seed))
-        labels = ids.clone()
-        labels[:prompt] = IGNORED
-        examples.append(Encoded(ids, labels))
-    found = read_out(model, examples, batch=2)
-    assert found["example"].tolist() == [0] * 5 + [1] * 3 + [2]
-    means = by_example(found["loss"], found["example"])
-    with torch.no_grad():
-        for i, (example, mean) in enumerate(zip(examples, means, strict=True)):
-            out = model(example.input_ids[None], labels=example.labels[None])
-            assert float(mean) == pytest.approx(float(out.loss), abs=1e-5)
-            places = (example.labels[1:] != IGNORED).nonzero()[:, 0]
-            mine = found["example"] == i
-            assert torch.equal(found["predicted"][mine], out.logits[0, places].argmax(-1))
-    answers = torch.cat([e.labels[e.labels != IGNORED] for e in examples])
-    assert torch.equal(found["right"], found["predicted"] == answers)
 
 
 def test_one_seed_is_the_textbooks_paired_t() -> None:
@@ -220,18 +203,3 @@ def test_holm_on_a_known_family() -> None:
 def test_a_verdict_needs_an_interval_on_one_side_of_zero() -> None:
     assert [verdict(*i) for i in ((0.1, 0.2), (-0.2, -0.1))] == ["better than", "worse than"]
     assert {verdict(*i) for i in ((-0.1, 0.1), (0.0, 0.1), (-0.1, 0.0), (0.0, 0.0))} == {"not distinguishable from"}
-
-
-def test_a_model_agrees_with_its_own_distribution(tmp_path: Path) -> None:
-    model, other, data = tiny_llama(2, seed=1), tiny_llama(2, seed=2), toy_data(5)
-    top = SupervisionCache.build(tmp_path, model, data, (), top_k=97, vocabulary=97, dtype="float32")
-    own = read_out(model, data, batch=2, teacher=top)
-    assert own["agree"].all() and float(own["kl"].abs().max()) < 1e-5
-    found = read_out(other, data, batch=3, teacher=top)
-    ids, labels = data[0].input_ids[None], data[0].labels
-    p, q = (m(ids).logits[0][supervised(labels)].log_softmax(-1) for m in (model, other))
-    torch.testing.assert_close(found["kl"][: len(p)], (p.exp() * (p - q)).sum(-1), atol=1e-5, rtol=1e-4)
-    assert torch.equal(found["agree"][: len(p)], p.argmax(-1) == q.argmax(-1))
-    direct = divergence_between(model, other, data)
-    assert direct[0].item() == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean().detach()), abs=1e-5)
-    assert float(divergence_between(model, model, data).abs().max()) < 1e-6 and direct.shape == (5,)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +14,7 @@ import torch
 from semalign import alignment
 from semalign.models import load_pair
 from semalign.profiles import Profile, load_profile
-from semalign.study import trials
+from semalign.study import tables, trials
 
 
 def settings(**changes: Any) -> Profile:
@@ -38,6 +35,14 @@ def test_a_trial_answers_its_own_questions_and_some_of_the_others(made: tuple[Pa
     assert all(set(a) - {"response"} == kept for rows in found["answers"].values() for a in rows)
     assert {n: len(v) for n, v in found["validation"].items()} == {"loss": 3, "right": 3, "kl": 3, "agree": 3}
     assert json.loads((folder / "gsm8k" / "sft-0.json").read_text()) == found
+
+
+def test_a_trial_on_facts_is_also_asked_what_nobody_can_know(tmp_path: Path) -> None:
+    untouched = trials.run_trial(settings(), "mmlu", "none", 0, tmp_path)
+    assert set(untouched["answers"]) == {"mmlu", "placebo"}
+    assert [a["known"] for a in untouched["answers"]["placebo"]] == ["none"] * 3
+    told = {"answers": {**untouched["answers"], "gsm8k": untouched["answers"]["mmlu"]}}
+    assert list(tables.forgotten({"none": [told], "sft": [told]}, "mmlu")) == ["gsm8k"]  # and no placebo
 
 
 def test_a_trial_is_read_when_it_is_there_and_made_again_when_a_setting_changes(
@@ -88,47 +93,55 @@ def test_hyperparameters_reach_the_method_and_wrong_ones_are_named(
 # ------------------------------------------------------------------------------------------------ what a key covers
 
 
-def keys_after(root: Path) -> dict[str, str]:
-    """Keys of three methods and two tasks by the code of a copy of the package."""
-    code = (
-        "import json; from semalign.profiles import load_profile; from semalign.study.trials import trial_key; "
-        "p = load_profile('smoke'); print(json.dumps({f'{m} {t}': trial_key(p, [t], m, 0) "
-        "for m in ('sft', 'ted', 'laten') for t in ('gsm8k', 'mbpp')}))"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, text=True, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    return dict(json.loads(done.stdout))
+def forget() -> None:
+    """Nothing of the package's code is remembered."""
+    for kept in (trials.code_key, trials._parsed, trials._meaning):
+        kept.cache_clear()
 
 
-def test_a_key_covers_the_import_closure_of_its_method_and_nothing_else(tmp_path: Path) -> None:
-    shutil.copytree(
-        trials.PACKAGE, tmp_path / "semalign", ignore=shutil.ignore_patterns("__pycache__", "*.safetensors")
-    )
-    (tmp_path / "notebooks").symlink_to(trials.PACKAGE.parent / "notebooks")
-    methods, before = tmp_path / "semalign/methods", keys_after(tmp_path)
+@pytest.fixture
+def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of the package, from which the keys of this process are made."""
+    ignored = shutil.ignore_patterns("__pycache__", "*.safetensors")
+    yield shutil.copytree(trials.PACKAGE, tmp_path / "semalign", ignore=ignored)
+    forget()
+
+
+def keys_after(package: Path, patch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Keys of three methods and two tasks by the code of a package, read anew."""
+    patch.setattr(trials, "PACKAGE", package)
+    forget()
+    return {
+        f"{m} {t}": trials.trial_key(settings(), [t], m, 0) for m in ("sft", "ted", "laten") for t in ("gsm8k", "mbpp")
+    }
+
+
+def test_a_key_covers_the_import_closure_of_its_method_and_nothing_else(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    methods, before = copied / "methods", keys_after(copied, monkeypatch)
 
     def changed(path: Path, old: str, new: str) -> set[str]:
         text = path.read_text()
         assert old in text
         path.write_text(text.replace(old, new, 1))
-        now = keys_after(tmp_path)
+        now = keys_after(copied, monkeypatch)
         path.write_text(text)
         return {name for name in now if now[name] != before[name]}
 
     assert changed(methods / "ted.py", "import gc\n", "import gc  # a comment\n") == set()
     assert changed(methods / "ted.py", 'colour="#441166"', 'colour="#441167"') == set()
     assert changed(methods / "ted.py", "import gc\n", "import gc\nMORE = 1\n") == {"ted gsm8k", "ted mbpp"}
-    assert changed(tmp_path / "semalign/benchmarks/mbpp.py", "BENCHMARK =", "MORE = 1\nBENCHMARK =") == {
+    assert changed(copied / "benchmarks/mbpp.py", "BENCHMARK =", "MORE = 1\nBENCHMARK =") == {
         "sft mbpp", "ted mbpp", "laten mbpp",
     }  # fmt: skip
-    assert changed(tmp_path / "semalign/training/loop.py", "DIVERGED = 10.0", "DIVERGED = 11.0") == {
+    assert changed(copied / "training/loop.py", "DIVERGED = 10.0", "DIVERGED = 11.0") == {
         "sft gsm8k", "sft mbpp", "ted gsm8k", "ted mbpp",  # LaTen has a loop of its own
     }  # fmt: skip
-    assert changed(tmp_path / "semalign/pairing.py", "import random\n", "import random\nMORE = 1\n") == set(before)
-    assert changed(tmp_path / "semalign/report.py", "import math\n", "import math\nMORE = 1\n") == set()
+    assert changed(copied / "pairing.py", "import random\n", "import random\nMORE = 1\n") == set(before)
+    assert changed(copied / "report.py", "import math\n", "import math\nMORE = 1\n") == set()
     (methods / "mine.py").write_text("METHODS = {}\n")  # a new method
-    assert keys_after(tmp_path) == before
+    assert keys_after(copied, monkeypatch) == before
 
 
 def test_a_grid_asks_no_question_and_leaves_out_what_has_no_rate(tmp_path: Path) -> None:
