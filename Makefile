@@ -12,7 +12,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book notebooks rates keep test bench pico lint lock clean
+.PHONY: help setup book notebooks tune keep test bench pico lint lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -43,8 +43,8 @@ book: setup ## run the notebooks of PROFILE and build the book
 notebooks: setup ## run the notebooks of PROFILE without building the book
 	@SEMALIGN_MAKE_PID=$$PPID $(BIN)/python -m semalign.pipeline run "$(PROFILE)" --cores $(CORES) $(if $(RESULTS),--results "$(RESULTS)") --until notebooks
 
-rates: setup ## choose each method's learning rate for PROFILE on validation examples, into book/rates
-	@OMP_NUM_THREADS=1 $(BIN)/python -m semalign.pipeline rates "$(PROFILE)"
+tune: setup ## choose each method's hyperparameters for PROFILE on validation examples, into book/tuned
+	@OMP_NUM_THREADS=1 $(BIN)/python -m semalign.pipeline tune "$(PROFILE)" $(if $(filter-out all,$(CORES)),--cores $(CORES))
 
 keep: setup ## keep the numbers of a finished run of PROFILE in book/full_run, which the page on the full run draws
 	@$(BIN)/python -m semalign.pipeline keep "$(PROFILE)"

@@ -155,6 +155,13 @@ class Sizes(_Strict):
     test: int | None = Field(None, ge=1)
 
 
+class Regimes(_Strict):
+    """Of the map of regimes: how many training examples, and on which tasks (by default the profile's first)."""
+
+    examples: list[Annotated[int, Field(ge=1)]] = Field([8, 32, 128], min_length=1)
+    tasks: list[str] = []
+
+
 class Search(_Strict):
     """How many configurations of each family are tried, and on which tasks (by default the profile's first)."""
 
@@ -191,14 +198,17 @@ class Profile(TrialSettings):
     description: str = Field(min_length=1)
     semantics_model: Source  # of figure 2; the student where a profile is silent
     smaller_student: Source | None = None  # another student of the same teacher, for the larger gap
+    siblings: list[Source] = []  # students that differ from the student in their pretraining alone
+    kin_teachers: list[Source] = []  # of the student and of each sibling: the same model, trained on
     semantics_texts: int = Field(20, ge=1, le=164)  # HumanEval prompts read for figure 2
     tasks: list[str] = Field(["mmlu", "gsm8k", "humaneval", "mbpp"], min_length=1)  # the first is worked through
     seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1)
     fine_tuned_teachers: dict[str, Source] = {}  # of table 2, by name; each has the teacher's vocabulary
     methods: list[str] = Field(["none", "sft", "semalign"], min_length=1)  # rows of table 1
-    hyperparameters: dict[str, dict[str, Any]] = {}  # a method's own, where they differ from its defaults
+    hyperparameters: dict[str, dict[str, Any]] = {}  # a method's own; under ``on``, by task
     primary: Literal["answers", "tokens", "loss"] = "answers"  # what verdicts rest on
     search: Search = Search()
+    regimes: Regimes = Regimes()
     others: int = Field(0, ge=0)  # questions of each other task, for what was forgotten
     trial_jobs: bool = True  # method x task x seed as jobs side by side, or inside the chapters
 
@@ -216,10 +226,18 @@ class Profile(TrialSettings):
             _one_of(task, tasks, f"tasks.{at}")
         for at, method in enumerate(self.methods):
             _one_of(method, methods, f"methods.{at}")
-        for method in self.hyperparameters:
+        for method, given in self.hyperparameters.items():
             _one_of(method, methods, "hyperparameters")
-        for at, task in enumerate(self.search.tasks):
-            _one_of(task, self.tasks, f"search.tasks.{at}")
+            for task in given.get("on", {}):
+                _one_of(task, tasks, f"hyperparameters.{method}.on")
+        for key in ("search", "regimes"):
+            for at, task in enumerate(getattr(self, key).tasks):
+                _one_of(task, self.tasks, f"{key}.tasks.{at}")
+        if self.kin_teachers and len(self.kin_teachers) != 1 + len(self.siblings):
+            students = 1 + len(self.siblings)
+            raise ValueError(
+                f"kin_teachers are {len(self.kin_teachers)}, students {students}: give one teacher for each"
+            )
         for task, protocol in self.protocols.items():
             _one_of(task, tasks, "protocols")
             _one_of(protocol, tasks[task]["protocols"], f"protocols.{task}")
@@ -233,7 +251,8 @@ class Profile(TrialSettings):
     @property
     def isolation(self) -> str:
         """The least sandbox level: limits suffice for programs by models of ours, others' need namespaces."""
-        answering = [self.teacher, self.student, self.smaller_student, *self.fine_tuned_teachers.values()]
+        answering = [self.teacher, self.student, self.smaller_student, *self.siblings, *self.kin_teachers]
+        answering += self.fine_tuned_teachers.values()
         ours = all(model is None or isinstance(model, Pico | Random) for model in answering)
         return "rlimits" if ours else "namespace"
 
@@ -276,7 +295,10 @@ def load_profile(name_or_path: str | Path, folder: Path = FOLDER, **changes: Any
     content = _merged(content, changes)
     named = [content.get(k) for k in ("teacher", "student", "smaller_student", "semantics_model")]
     teachers = content.get("fine_tuned_teachers")
-    for source in [*named, *(teachers.values() if isinstance(teachers, dict) else ())]:
+    named += teachers.values() if isinstance(teachers, dict) else ()
+    for more in (content.get(k) for k in ("siblings", "kin_teachers")):
+        named += more if isinstance(more, list) else ()
+    for source in named:
         if isinstance(source, dict) and source.get("source") == "folder" and isinstance(source.get("path"), str):
             source["path"] = str((path.parent / Path(source["path"]).expanduser()).resolve())
     return _checked(content, path.stem, path.name)
@@ -287,8 +309,9 @@ def _checked(content: dict[str, Any], name: str, called: str = "") -> Profile:
     if "student" in content:
         content.setdefault("semantics_model", content["student"])
     tasks = content.get("tasks")
-    if isinstance(tasks, list) and isinstance(content.get("search", {}), dict):
-        content["search"] = {"tasks": tasks[:1], **content.get("search", {})}
+    for key in ("search", "regimes"):
+        if isinstance(tasks, list) and isinstance(content.get(key, {}), dict):
+            content[key] = {"tasks": tasks[:1], **content.get(key, {})}
     try:
         return Profile.model_validate(content)
     except pydantic.ValidationError as error:

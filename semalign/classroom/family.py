@@ -13,8 +13,8 @@ WEIGHTS = Path(__file__).with_name("weights")
 STUDENTS = ("pico-s", "pico-s-1", "pico-s-2")  # latent: they read every subject in plain form and never a chat
 NAMES = (
     "pico-l",  # the wide teacher
-    "pico-s-kin",  # the kin teacher: pico-s, trained on
     *STUDENTS,
+    *(f"{name}-kin" for name in STUDENTS),  # the kin teachers: each student, trained on
     "pico-s-chat",  # the saturated student, which read every subject as a chat
     "pico-xs",
     "pico-xs-chat",

@@ -40,7 +40,10 @@ _RECIPES = (
     Recipe("pico-l-base", *_LARGE, 6_144_000, corpora.Mixture(corpora.TEACHING, _EVEN)),
     Recipe("pico-l-mid", *_LARGE, 2_560_000, _SKILLS, seed=3, lr=3e-3, base="pico-l-base"),
     Recipe("pico-l", *_LARGE, 819_200, _FINISH, seed=5, lr=2e-3, base="pico-l-mid"),
-    Recipe("pico-s-kin", *_SMALL, 1_024_000, corpora.Mixture(corpora.KIN, _EVEN), seed=4, lr=2e-3, base="pico-s"),
+    *(
+        Recipe(f"{name}-kin", *_SMALL, 1_024_000, corpora.Mixture(corpora.KIN, _EVEN), seed=4, lr=2e-3, base=name)
+        for name in STUDENTS
+    ),
     Recipe("pico-s-chat", *_SMALL, 3_225_600, _CHAT),
     Recipe("pico-xs", *_TINY, 1_024_000, _LATENT),
     Recipe("pico-xs-chat", *_TINY, 1_024_000, _CHAT),

@@ -17,8 +17,9 @@ Transfer = Callable[..., TransferResult]
 class Method:
     """One row of the table of methods: what it does, on which data, what trains, and what it takes from the teacher.
 
-    ``colour`` is its own in every figure. Without ``tuned`` the profile's rate says nothing to it; without ``seeded``
-    it draws nothing, so that one run is all there is.
+    ``colour`` is its own in every figure. Without ``tuned`` nothing of it is chosen on validation examples; one that
+    ``follows`` another takes over what was chosen for that. Without ``seeded`` it draws nothing, so that one run is
+    all there is.
     """
 
     title: str
@@ -30,6 +31,7 @@ class Method:
     colour: str
     tuned: bool = True
     seeded: bool = True
+    follows: str = ""
 
 
 def own_options(method: Method) -> set[str]:

@@ -81,7 +81,8 @@ METHODS = {
         _STATES, True, colour="#885544",
     ),
     "semalign": Method(
-        "SemAlign as in the paper", alignment.transfer, "train, extract", _K, _STATES, True, colour="#d55e00"
+        "SemAlign as in the paper", alignment.transfer, "train, extract", _K, _STATES, True, colour="#d55e00",
+        tuned=False,
     ),
     # The same again, for a profile to give hyperparameters to: what is printed and what was tuned stand side by side.
     "semalign_tuned": Method(
@@ -90,7 +91,7 @@ METHODS = {
     # All of SemAlign but its layer term: what the states add to the output loss in layer k.
     "twin": Method(
         "SemAlign without its layer term", fixed(layer_weight=0.0), "train, extract", _K, "chooses k", True,
-        colour="#ee22cc",
+        colour="#ee22cc", follows="semalign_tuned",
     ),
     # W_S^+ W_T, the projector that DSKDv2 (arXiv 2504.11426) starts from.
     "logit_map": Method(
@@ -98,9 +99,11 @@ METHODS = {
     ),
     # Targets that carry no knowledge of the token at hand: what is left is regularisation.
     "random_target": Method(
-        "SemAlign towards noise", fixed(targets="random"), "train", _K, "lengths alone", True, colour="#777788"
+        "SemAlign towards noise", fixed(targets="random"), "train", _K, "lengths alone", True, colour="#777788",
+        follows="semalign_tuned",
     ),
     "scrambled_tokens": Method(
-        "SemAlign towards other tokens", fixed(targets="scrambled"), "train", _K, _STATES, True, colour="#eebbbb"
+        "SemAlign towards other tokens", fixed(targets="scrambled"), "train", _K, _STATES, True, colour="#eebbbb",
+        follows="semalign_tuned",
     ),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""The command line: ``run``, ``rates``, ``keep``; and, for the Snakefile, ``notebook``, ``trial`` and ``book``."""
+"""The command line: ``run``, ``tune``, ``keep``; and, for the Snakefile, ``notebook``, ``trial`` and ``book``."""
 
 from __future__ import annotations
 
@@ -16,9 +16,6 @@ from typing import Any
 
 from semalign.pipeline.notebooks import KEPT_ELSEWHERE, ORDER, ROOT, chapters_of, preflight, run_digest, stamp
 from semalign.profiles import Profile, load_profile
-
-RATES = (1e-4, 3e-4, 1e-3, 3e-3)
-"""The grid of learning rates, the same for every method."""
 
 _LOCKS: list[Any] = []  # open lock files: closing one would release it
 
@@ -70,20 +67,23 @@ def make_trial(profile: str, task: str, method: str, seed: int, results: Path) -
     print(f"[{task}] {time.monotonic() - started:6.1f} s  {method}, seed {seed}", flush=True)
 
 
-def choose_rates(profile: str) -> Path:
-    """Try every method of a profile at the rates of the grid, and keep scores and choices in ``book/rates``.
+def choose(profile: str, cores: int) -> Path:
+    """Tune every method of a profile that has draws of its own, and keep draws and choices in ``book/tuned``.
 
     The trials are kept in the profile's results, so that a run that was stopped goes on where it was.
     """
+    from concurrent.futures import ProcessPoolExecutor
+
     from semalign.report import save_metrics
-    from semalign.study import trials
+    from semalign.study import trials, tuning
 
     p = load_profile(profile)
-    target = ROOT / "book" / "rates" / f"{p.name}.json"
-    scores = trials.grid(p, RATES, ROOT / "results" / p.name / "artefacts" / "rates")
-    chosen = {method: trials.choose_rate(of_rates) for method, of_rates in scores.items()}
-    of = {"tasks": p.tasks, "examples": dict(p.sizes), "epochs": p.epochs}
-    metrics = {**of, "scores": scores, "chosen": chosen, "code": trials.code_key()}
+    target, folder = ROOT / "book" / "tuned" / f"{p.name}.json", ROOT / "results" / p.name / "artefacts" / "tuning"
+    with ProcessPoolExecutor(cores) as pool:
+        running = {m: pool.submit(tuning.tune, p, m, folder, tuning.DRAWS) for m in tuning.tuned_methods(p.methods)}
+        methods = {method: tried.result() for method, tried in running.items()}
+    of = {"tasks": p.search.tasks, "examples": dict(p.sizes), "batch": p.batch_size}
+    metrics = {**of, "methods": methods, "code": trials.code_key()}
     save_metrics(target, metrics, seeds=p.seeds[:1], profile=p.name)
     return target
 
@@ -165,8 +165,10 @@ def main(argv: list[str] | None = None) -> int:
     trial.add_argument("method")
     trial.add_argument("seed", type=int)
     trial.add_argument("--results", type=Path, required=True)
-    for name, say in {"rates": "choose the methods' learning rates", "keep": "keep a run's numbers"}.items():
-        verbs.add_parser(name, help=say).add_argument("profile")
+    tuned = verbs.add_parser("tune", help="choose the methods' hyperparameters on validation examples")
+    tuned.add_argument("profile")
+    tuned.add_argument("--cores", type=int, default=os.cpu_count() or 1)
+    verbs.add_parser("keep", help="keep a run's numbers").add_argument("profile")
     book = verbs.add_parser("book", help="build the book from executed notebooks")
     book.add_argument("profile")
     book.add_argument("--results", type=Path, required=True)
@@ -181,8 +183,8 @@ def main(argv: list[str] | None = None) -> int:
             run_notebook(given.name, given.profile, given.results.resolve(), given.planned)
         elif given.verb == "trial":
             make_trial(given.profile, given.task, given.method, given.seed, given.results.resolve())
-        elif given.verb in ("rates", "keep"):
-            print({"rates": choose_rates, "keep": keep}[given.verb](given.profile))
+        elif given.verb in ("tune", "keep"):
+            print(choose(given.profile, given.cores) if given.verb == "tune" else keep(given.profile))
         else:
             from semalign.pipeline.book import build_book
 

@@ -29,7 +29,7 @@ from semalign.pairing import critical_pair
 from semalign.profiles import PACKAGE, Profile, TrialSettings, assignment
 from semalign.study import reading
 from semalign.supervision import SupervisionCache
-from semalign.training.config import DivergedError, TransferConfig, costs
+from semalign.training.config import TransferConfig, costs
 
 SPLITS = ("train", "align", "extract", "validation")
 TEACHER = "teacher"  # the name under which the teacher answers
@@ -124,8 +124,8 @@ def run_trial(
     if method == TEACHER:
         model: Any = pair.load_teacher().eval()
     else:
-        own = {**p.hyperparameters.get(method, {}), **(changes or {})}
-        result = run(REGISTRY[method], pair, data, _config(p, pair, seed), own)
+        given = {**own(p, method, task), **(changes or {})}
+        result = run(REGISTRY[method], pair, data, _config(p, pair, seed), given)
         model, spent, layers = result.student, result.cost, result.layers
     answers = {task: answer(p, pair, model, task, split=split)} if split else {}
     if split and p.data == "classroom" and classroom.has(task, PLACEBO):
@@ -146,10 +146,11 @@ def trial_key(p: Profile, tasks: Sequence[str], method: str, seed: int, *rest: A
     ``tasks`` are the trained one and then the others that are asked.
     """
     settings = p.model_dump(mode="json", include=set(TrialSettings.model_fields))
-    settings["lr"] = rate(p, method)
     settings["protocols"] = {task: p.protocol(task) for task in tasks}
-    own = [p.hyperparameters.get(method), method, seed, *rest, code_key(method, tuple(tasks))]
-    told = json.dumps([settings, list(tasks), *own, _data_key() if p.data == "classroom" else ""], default=_fingerprint)
+    alone = [own(p, method, tasks[0]), method, seed, *rest, code_key(method, tuple(tasks))]
+    told = json.dumps(
+        [settings, list(tasks), *alone, _data_key() if p.data == "classroom" else ""], default=_fingerprint
+    )
     return hashlib.sha256(told.encode()).hexdigest()
 
 
@@ -230,40 +231,10 @@ def _fingerprint(value: Any) -> str:
     return hashlib.sha256(value.numpy().tobytes()).hexdigest() if isinstance(value, torch.Tensor) else repr(value)
 
 
-def rate(p: Profile, method: str) -> float:
-    """The learning rate of a method: its own where one was chosen for it, else the profile's."""
-    return float(p.hyperparameters.get(method, {}).get("lr", p.lr))
-
-
-def grid(p: Profile, rates: Sequence[float], folder: str | Path) -> dict[str, dict[str, dict[str, float | None]]]:
-    """Every method of the profile at every rate, on every task, under the first seed: method to rate to task to score.
-
-    The score is the share of the answers' tokens that are predicted on validation examples; None where the training
-    broke off. No test question is asked. Methods without a rate of the profile's are left out.
-    """
-
-    def score(method: str, lr: float, task: str) -> float | None:
-        changes, variant = {"lr": lr}, f"{lr:g}"
-        try:
-            one = run_trial(p, task, method, p.seeds[0], folder, changes=changes, split=None, variant=variant)
-        except DivergedError:
-            return None
-        return float(seen([one], "right").mean())
-
-    tuned = [method for method in p.methods if REGISTRY[method].tuned]
-    return {m: {f"{lr:g}": {t: score(m, lr, t) for t in p.tasks} for lr in rates} for m in tuned}
-
-
-def choose_rate(scores: Mapping[str, Mapping[str, float | None]]) -> float:
-    """The rate with the highest mean score over tasks, of those at which every task was trained to its end.
-
-    Raises:
-        ValueError: there is none.
-    """
-    means = {r: sum(filter(None, s.values())) / len(s) for r, s in scores.items() if None not in s.values()}
-    if not means:
-        raise ValueError(f"training broke off at every rate of {', '.join(scores)}: try lower ones")
-    return float(max(sorted(means, key=float), key=lambda r: means[r]))  # of equals the lowest
+def own(p: Profile, method: str, task: str) -> dict[str, Any]:
+    """What a profile gives to a method alone; what it gives ``on`` a task replaces what it gives on all."""
+    given = dict(p.hyperparameters.get(method, {}))
+    return given | given.pop("on", {}).get(task, {})
 
 
 def config_of(p: Profile, seed: int) -> TransferConfig:

@@ -7,17 +7,19 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
 import pytest
 from working_copy import command, copy_to
 
+from semalign.methods import REGISTRY
 from semalign.pipeline import __main__ as cli
 from semalign.pipeline import book, notebooks
-from semalign.profiles import Profile, load_profile
+from semalign.profiles import FOLDER, Profile, load_profile
 from semalign.report import load_metrics, save_metrics
-from semalign.study import trials
+from semalign.study import trials, tuning
 
 ROOT, ORDER = notebooks.ROOT, notebooks.ORDER
 
@@ -221,23 +223,28 @@ def test_a_finished_run_is_kept_whole_or_not_at_all(
     assert {name: numbers["of"] for name, (numbers, _) in kept.items()} == {name: name for name in names}
 
 
-def test_rates_are_chosen_from_the_grid_and_stored_with_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_was_tuned_is_kept_with_its_draws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(cli, "ROOT", tmp_path)
-    scores = {"sft": {"0.1": {"gsm8k": None}, "0.01": {"gsm8k": 0.7}, "0.001": {"gsm8k": 0.6}}}
-    asked = []
-    monkeypatch.setattr(trials, "grid", lambda p, rates, folder: asked.append((rates, folder)) or scores)
-    assert cli.main(["rates", "smoke"]) == 0
-    assert asked == [(cli.RATES, tmp_path / "results/smoke/artefacts/rates")]
-    stored, made = load_metrics(tmp_path / "book/rates/smoke.json")
-    assert stored["scores"] == scores and stored["chosen"] == {"sft": 0.01}
-    assert made["profile"] == "smoke" and stored["epochs"] == load_profile("smoke").epochs
+    mine = tmp_path / "mine.yaml"
+    text = (FOLDER / "smoke.yaml").read_text()
+    mine.write_text(text.replace("methods: [none, sft, semalign]", "methods: [none, sft, semalign, twin]"))
+    monkeypatch.setattr(tuning, "DRAWS", 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("concurrent.futures.ProcessPoolExecutor", ThreadPoolExecutor)
+        assert cli.main(["tune", str(mine), "--cores", "1"]) == 0
+    kept, made = load_metrics(tmp_path / "book/tuned/mine.json")
+    assert set(kept["methods"]) == {"sft"} and made["profile"] == "mine"  # SemAlign stays as printed
+    sft = kept["methods"]["sft"]
+    scores = [one["score"] for one in sft["draws"]]
+    assert len(scores) >= 2 and scores == sorted(scores, reverse=True)
+    assert {**sft["chosen"], "score": scores[0]} == sft["draws"][0]
 
 
-@pytest.mark.parametrize("name", ["classroom-full"])
-def test_the_profiles_rates_are_those_that_were_chosen(name: str) -> None:
-    stored, _ = load_metrics(ROOT / f"book/rates/{name}.json")
+@pytest.mark.parametrize("name", [p.stem for p in sorted((ROOT / "book/tuned").glob("*.json"))])
+def test_the_profiles_hyperparameters_are_those_that_were_chosen(name: str) -> None:
+    kept, _ = load_metrics(ROOT / f"book/tuned/{name}.json")
     p = load_profile(name)
-    assert {m: trials.rate(p, m) for m in stored["chosen"]} == stored["chosen"]
-    assert {n: stored["examples"][n] for n in ("train", "validation")} == {
-        n: getattr(p.sizes, n) for n in ("train", "validation")
-    }
+    for method, tried in kept["methods"].items():
+        assert trials.own(p, method, p.tasks[0]) == tried["chosen"], method
+    for method in (m for m in p.methods if REGISTRY[m].follows):
+        assert trials.own(p, method, p.tasks[0]) == kept["methods"][REGISTRY[method].follows]["chosen"], method

@@ -13,7 +13,7 @@ import torch
 
 from semalign import alignment
 from semalign.models import load_pair
-from semalign.profiles import Profile, load_profile
+from semalign.profiles import Profile, ProfileError, load_profile
 from semalign.study import tables, trials
 
 
@@ -63,12 +63,17 @@ def test_a_trial_is_read_when_it_is_there_and_made_again_when_a_setting_changes(
         trials.run_trial(settings(), "gsm8k", "sft", 0, folder, others=2, changes={"lr": 1e-4})
 
 
-def test_a_rate_of_its_own_counts_for_its_method_alone() -> None:
-    own = settings(hyperparameters={"sft": {"lr": 1e-2}})
-    assert (trials.rate(own, "sft"), trials.rate(own, "semalign")) == (1e-2, own.lr)
+def test_what_a_method_has_of_its_own_counts_for_it_alone_and_on_a_task_for_that() -> None:
+    given = settings(hyperparameters={"sft": {"lr": 1e-2, "on": {"gsm8k": {"lr": 1e-5, "epochs": 3}}}})
+    assert trials.own(given, "sft", "gsm8k") == {"lr": 1e-5, "epochs": 3}
+    assert trials.own(given, "sft", "mmlu") == {"lr": 1e-2} and trials.own(given, "semalign", "mmlu") == {}
     key = trials.trial_key
-    assert key(own, ["gsm8k"], "sft", 0) != key(settings(), ["gsm8k"], "sft", 0)
-    assert key(own, ["gsm8k"], "semalign", 0) == key(settings(), ["gsm8k"], "semalign", 0)
+    assert key(given, ["gsm8k"], "sft", 0) != key(settings(), ["gsm8k"], "sft", 0)
+    assert key(given, ["gsm8k"], "semalign", 0) == key(settings(), ["gsm8k"], "semalign", 0)
+    everywhere = settings(hyperparameters={"sft": {"lr": 1e-2}})
+    assert key(given, ["mmlu"], "sft", 0) == key(everywhere, ["mmlu"], "sft", 0)
+    with pytest.raises(ProfileError, match=r"hyperparameters\.sft\.on"):
+        settings(hyperparameters={"sft": {"on": {"gsm": {}}}})
 
 
 def test_hyperparameters_reach_the_method_and_wrong_ones_are_named(
@@ -142,25 +147,6 @@ def test_a_key_covers_the_import_closure_of_its_method_and_nothing_else(
     assert changed(copied / "report.py", "import math\n", "import math\nMORE = 1\n") == set()
     (methods / "mine.py").write_text("METHODS = {}\n")  # a new method
     assert keys_after(copied, monkeypatch) == before
-
-
-def test_a_grid_asks_no_question_and_leaves_out_what_has_no_rate(tmp_path: Path) -> None:
-    chosen = settings(methods=["none", "sft", "laten"], tasks=["gsm8k"])
-    found = trials.grid(chosen, (1e-3, 1e-1), tmp_path)
-    assert set(found) == {"sft"} and set(found["sft"]) == {"0.001", "0.1"}
-    assert all(0 <= scores["gsm8k"] <= 1 for scores in found["sft"].values())
-    files = [json.loads(p.read_text()) for p in tmp_path.glob("gsm8k/*.json")]
-    assert len(files) == 2 and all(f["answers"] == {} for f in files)
-    losses = [sum(f["validation"]["loss"]) for f in files]
-    assert losses[0] != losses[1]
-
-
-def test_the_rate_with_the_best_mean_is_chosen_and_a_broken_one_never() -> None:
-    scores = {"0.1": {"a": 0.9, "b": None}, "0.01": {"a": 0.5, "b": 0.7}, "0.001": {"a": 0.8, "b": 0.4}}
-    assert trials.choose_rate(scores) == 0.001  # of equals the lowest
-    assert trials.choose_rate({**scores, "1": {"a": 0.7, "b": 0.7}}) == 1.0
-    with pytest.raises(ValueError, match=r"broke off at every rate of 0\.1: try lower ones"):
-        trials.choose_rate({"0.1": scores["0.1"]})
 
 
 def test_the_teacher_agrees_with_itself(tmp_path: Path) -> None:
