@@ -58,12 +58,15 @@ ORDER: dict[str, Chapter] = {
     "10_similarity": Chapter(),
     "11_ablations": Chapter(),
     "12_controls": Chapter(),
+    "12b_students": Chapter(reads=("05_mmlu", "06_gsm8k", "07_humaneval", "08_mbpp")),
     "13_rivals": Chapter(),
+    "13b_regimes": Chapter(),
     "14_search": Chapter(),
     "15_paper_against_ours": Chapter(
         reads=(
             "01_semantics", "04_alignment", "04b_gates", "05_mmlu", "06_gsm8k", "07_humaneval", "08_mbpp",
-            "09_fine_tuned_teachers", "10_similarity", "11_ablations", "12_controls", "14_search",
+            "09_fine_tuned_teachers", "10_similarity", "11_ablations", "12_controls", "12b_students", "13b_regimes",
+            "14_search",
         )
     ),
     "90_cost": Chapter(),

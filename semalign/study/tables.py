@@ -30,6 +30,25 @@ def run_methods(p: Profile, task: str, folder: str | Path) -> dict[str, list[dic
     return {m: [trials.run_trial(p, task, m, s, folder, others=p.others) for s in seeds[m]] for m in names}
 
 
+def over_students(p: Profile, task: str, methods: Iterable[str], folder: str | Path) -> dict[str, torch.Tensor]:
+    """By method, which answers are right, of the student and its siblings: (students, seeds, questions).
+
+    A method that draws nothing has one seed; as it answers the same under all, it stands for each of them.
+    """
+    found = {}
+    for m in methods:
+        of_students = []
+        for at, student in enumerate([p.student, *p.siblings]):
+            own, variant = (p.changed(student=student), f"sibling{at}") if at else (p, "")
+            made = [
+                trials.run_trial(own, task, m, s, folder, others=p.others, variant=variant)
+                for s in trials.seeds_of(m, p.seeds)
+            ]
+            of_students.append(trials.right(made, task))
+        found[m] = torch.stack(of_students)
+    return found
+
+
 def unasked(found: Sequence[Mapping[str, Any]], task: str) -> int:
     """How many questions were too long to be asked, and count as wrong."""
     return sum(bool(a.get("too_long")) for a in found[0]["answers"][task])

@@ -1,0 +1,112 @@
+"""When do states help? A map over the teacher's kinship, what the student has read, and the number of examples.
+
+*Latent* is what the student has read, if never as a chat; *absent*, what only its teachers have. A *wide* teacher has
+another width, depth and start; a *kin* teacher is the student itself, trained on. Students are a random factor: each
+cell is the mean over several that differ in their pretraining alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from semalign.methods import REGISTRY
+from semalign.profiles import Profile
+from semalign.study import trials
+
+STEPS = 120
+"""Optimizer steps of every cell, about: examples are seen again, or more of them in a step."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way of teaching: a method, with settings of its own, and whose tuned hyperparameters it starts from."""
+
+    method: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    like: str = ""
+
+    @property
+    def asks(self) -> bool:
+        """Whether it takes anything from the teacher: otherwise its cells are the same for every teacher."""
+        return REGISTRY[self.method].teacher not in ("-", "chooses k")
+
+
+WAYS = {
+    "labels": Way("sft"),
+    "labels, layer k": Way("sft_layer"),
+    "logits": Way("logit_kd"),
+    # SemAlign where it can work: the layer's contribution to the stream, the logit map, cross-entropy as output loss.
+    "states and labels, layer k": Way(
+        "semalign", {"interface": "residual", "map": "logit", "output_loss": "ce"}, "sft_layer"
+    ),
+    "states first, then labels": Way("warm_up", {}, "sft"),
+    "layers' logits": Way("fdd"),
+    "own texts": Way("gkd"),
+}
+"""What is compared, by the name that the map has for it."""
+
+UNTOUCHED = "untouched"
+
+
+def budget(examples: int) -> dict[str, int]:
+    """``batch`` and ``epochs`` with which this many examples make about :data:`STEPS` steps, two epochs or more."""
+    batch = 4 if examples <= 128 else 2 ** math.ceil(math.log2(examples / 32))
+    return {"batch": batch, "epochs": max(2, round(STEPS / math.ceil(examples / batch)))}
+
+
+def students_of(p: Profile) -> list[Any]:
+    """The student and its siblings."""
+    return [p.student, *p.siblings]
+
+
+def kinds_of(p: Profile) -> list[str]:
+    """The kinds of teachers that a profile has."""
+    return ["wide", "kin"] if p.kin_teachers else ["wide"]
+
+
+def cell(p: Profile, task: str, way: str, examples: int, kind: str, folder: str | Path) -> list[list[dict[str, Any]]]:
+    """The trials of one cell of the map: a list a student, of one seed, for :func:`right`."""
+    found = []
+    for at, student in enumerate(students_of(p)):
+        of, teacher = WAYS[way], p.kin_teachers[at] if kind == "kin" else p.teacher
+        own = p.changed(student=student, teacher=teacher, sizes={"train": examples})
+        given = {**trials.own(p, of.like, task)} if of.like else {}
+        changes = {**given, **of.settings, **budget(examples)}
+        name = f"{kind if of.asks else 'any'}-{list(WAYS).index(way)}-{examples}-{at}"
+        found.append([trials.run_trial(own, task, of.method, p.seeds[0], folder, changes=changes, variant=name)])
+    return found
+
+
+def untouched(p: Profile, task: str, folder: str | Path) -> list[list[dict[str, Any]]]:
+    """The students as they are, a list each."""
+    return [
+        [trials.run_trial(p.changed(student=student), task, "none", p.seeds[0], folder, variant=f"{UNTOUCHED}-{at}")]
+        for at, student in enumerate(students_of(p))
+    ]
+
+
+def right(of_students: Sequence[Sequence[Mapping[str, Any]]], task: str) -> Tensor:
+    """Correct (1.0) or not: (students, seeds, questions)."""
+    return torch.stack([trials.right(of_one, task) for of_one in of_students])
+
+
+def known(of_students: Sequence[Sequence[Mapping[str, Any]]], task: str) -> dict[str, list[int]]:
+    """The questions by what the student has read: ``latent``, ``absent``; all are latent where records do not say."""
+    said = [a["known"] for a in of_students[0][0]["answers"][task]]
+    kinds = {"latent": "both", "absent": "teacher"} if any(said) else {"latent": ""}
+    return {name: [i for i, s in enumerate(said) if s == word] for name, word in kinds.items()}
+
+
+def cells(p: Profile, task: str) -> Iterator[tuple[str, str, int]]:
+    """Teacher's kind, way and number of examples of every cell; what needs no teacher stands with the first kind."""
+    for kind in kinds_of(p):
+        for way, of in WAYS.items():
+            if of.asks or kind == kinds_of(p)[0]:
+                yield from ((kind, way, n) for n in p.regimes.examples)
