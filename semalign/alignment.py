@@ -57,13 +57,16 @@ def transfer(pair: Pair, data: TaskData, config: TransferConfig | None = None) -
     with ExitStack() as stack:
         scratch = Path(config.folder) if config.folder else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         scratch.mkdir(parents=True, exist_ok=True)
-        encoded = encode(pair.tokenizer, data.train + data.validation, max_length=config.max_length)
+        given, watched = (
+            encode(pair.tokenizer, s, max_length=config.max_length) for s in (data.train, data.validation)
+        )
+        encoded = given + watched
         layers, supervision, vocabulary = supervise(pair, data, encoded, config, scratch)
         student = pair.load_student().eval()
         if isinstance(config.projection, str):
             config = replace(config, projection=_random_projection(supervision, student, config.seed))
         terms = objective_of(config, student, encoded, supervision, layers, vocabulary)
-        result = fit(student, encoded, len(data.train), config, layers, supervision, terms, scratch)
+        result = fit(student, encoded, len(given), config, layers, supervision, terms, scratch)
     result.cost["wall_s"] = time.perf_counter() - start
     return result
 

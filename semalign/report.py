@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 
-from semalign.lm.files import write_text
+from semalign.lm.files import read_json, write_json
 from semalign.profiles import Profile, ProfileError, load_profile
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,7 +69,7 @@ def save_metrics(
         ValueError: a number is not finite (None stands for what does not exist) or a value is no json; it says where.
     """
     content = {"metrics": _plain(metrics, "metrics"), "provenance": _provenance(seeds, profile, wall_s)}
-    write_text(Path(path), json.dumps(content, indent=1, allow_nan=False) + "\n")
+    write_json(Path(path), content, indent=1)
 
 
 def load_metrics(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -80,12 +79,12 @@ def load_metrics(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
         ValueError: the file is missing or is not such a file.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = read_json(Path(path))
         return content["metrics"], content["provenance"]
     except FileNotFoundError:
         raise ValueError(f"there are no metrics at {path}: run the notebook that writes them") from None
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is not a metrics file: delete it and run its notebook again") from None
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{path} is no metrics file ({error}): delete it and run its notebook again") from None
 
 
 def provenance_table(provenance: Mapping[str, Any]) -> str:

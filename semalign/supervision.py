@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -92,10 +92,11 @@ class SupervisionCache:
         root.mkdir(parents=True, exist_ok=True)
         final, tokens = root / key[:32], 0
         with locked(root):
-            problem = _problem(final, key) if final.exists() else None
+            shapes = _shapes(data, len(sources), 0, dtype, top_k)
+            problem = _problem(final, key, shapes) if os.path.lexists(final) else None
             if problem:
                 warnings.warn(f"the supervision cache {final} is damaged ({problem}) and is rebuilt", stacklevel=2)
-                shutil.rmtree(final)
+                shutil.rmtree(final) if final.is_dir() and not final.is_symlink() else final.unlink()
             if not final.exists():
                 width = 0
                 if sources and teacher is not None:
@@ -241,13 +242,17 @@ def _seal(arrays: dict[str, np.memmap], facts: dict[str, Any]) -> None:
     path.with_name("manifest.json").write_text(json.dumps({**facts, "arrays": listed}, indent=1))
 
 
-def _problem(folder: Path, key: str) -> str | None:
-    """What is wrong with a cache on disk, or None."""
+def _problem(folder: Path, key: str, names: Collection[str]) -> str | None:
+    """What is wrong with a cache on disk, which has to hold arrays of these names; or None."""
+    if folder.is_symlink() or not folder.is_dir():
+        return "it is no folder"
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         broken = [n for n, facts in manifest["arrays"].items() if _checksum(folder / f"{n}.npy") != facts["sha256"]]
         if manifest["key"] != key:
             return "its key differs"
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        if missing := set(names) ^ set(manifest["arrays"]):
+            return f"its arrays are not the right ones: {', '.join(sorted(missing))}"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return f"the checksum of {', '.join(broken)} differs" if broken else None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 import warnings
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from semalign.classroom import corpora
+from semalign.lm.files import load_tensors, save_tensors, write_text
 
 WINDOW = 256
 BATCH = 4  # windows a step: small steps learn more from few tokens than large ones
@@ -160,31 +160,15 @@ def build(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalL
     ))  # fmt: skip
 
 
-def save_atomically(value: Any, path: Path) -> None:
-    """``torch.save`` that leaves the old file or the new one, and removes the parts that killed processes left."""
-    for part in path.parent.glob(f"{path.name}.*.part"):
-        if not _alive(int(part.suffixes[-2][1:])):
-            part.unlink(missing_ok=True)
-    fresh = path.with_name(f"{path.name}.{os.getpid()}.part")
-    torch.save(value, fresh)
-    os.replace(fresh, path)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
 def _load(checkpoint: Path, key: str, device: torch.device) -> dict[str, Any] | None:
-    """What a checkpoint holds, or None, with a warning, where there is one of another recipe."""
+    """What a checkpoint holds, or None, with a warning, where it is damaged or of another recipe."""
     if not checkpoint.exists():
         return None
-    state: dict[str, Any] = torch.load(checkpoint, weights_only=True, map_location=device)
+    try:
+        state: dict[str, Any] = load_tensors(checkpoint, device)
+    except ValueError as error:
+        warnings.warn(f"{error}: the training begins anew", stacklevel=3)
+        return None
     if state.get("key") == key:
         return state
     warnings.warn(f"{checkpoint} belongs to another recipe: the training begins anew", stacklevel=3)
@@ -255,8 +239,8 @@ def train(
         if done % save_every == 0 or done == recipe.steps or done == stop_after:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             state |= {"key": key, "step": done, "curve": curve, "losses": losses, "seconds": seconds}
-            save_atomically(state, checkpoint)
-            (folder / f"{recipe.name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in curve))
+            save_tensors(checkpoint, state)
+            write_text(folder / f"{recipe.name}.jsonl", "".join(json.dumps(r) + "\n" for r in curve))
         if done == stop_after:
             break
     model.eval()

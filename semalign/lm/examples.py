@@ -6,6 +6,7 @@ A *supervised position* is a position t whose next token is a label; h_k, h* and
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -70,27 +71,43 @@ class Encoded:
 def encode(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], *, max_length: int) -> list[Encoded]:
     """Tokenise prompt and response apart, join them, end the response with EOS, cut at ``max_length`` on the right.
 
-    BOS goes in front where the tokenizer adds one by itself.
+    BOS goes in front where the tokenizer adds one by itself. An example whose prompt leaves no token of the response
+    is left out, and a warning says how many were.
 
     Raises:
-        ValueError: the tokenizer has no EOS token, or an example keeps no supervised position.
+        ValueError: the tokenizer has no EOS token, or no example keeps a supervised position.
     """
+    return [encoded for _, encoded in _kept(tokenizer, examples, max_length)]
+
+
+def fitting(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], *, max_length: int) -> list[Example]:
+    """Those of the examples that :func:`encode` keeps, for what goes through them side by side."""
+    return [example for example, _ in _kept(tokenizer, examples, max_length)]
+
+
+def _kept(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int
+) -> list[tuple[Example, Encoded]]:
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no EOS token, which ends every response: set tokenizer.eos_token")
     first = tokenizer("a")["input_ids"][:1]
     front = first if first == [tokenizer.bos_token_id] else []
-    encoded = []
-    for number, example in enumerate(examples):
+    kept, longest = [], 0
+    for example in examples:
         prompt = front + tokenizer(example.prompt, add_special_tokens=False)["input_ids"]
         response = tokenizer(example.response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
         labels = torch.tensor(([IGNORED] * len(prompt) + response)[:max_length])
-        if not (labels[1:] != IGNORED).any():
-            raise ValueError(
-                f"example {number} has a prompt of {len(prompt)} tokens and no response token left to learn within "
-                f"max_length={max_length}: shorten the prompt or raise max_length"
-            )
-        encoded.append(Encoded(torch.tensor((prompt + response)[:max_length]), labels))
-    return encoded
+        if (labels[1:] != IGNORED).any():
+            kept.append((example, Encoded(torch.tensor((prompt + response)[:max_length]), labels)))
+        else:
+            longest = max(longest, len(prompt))
+    left_out = len(examples) - len(kept)
+    said = f"{left_out} of {len(examples)} examples, with prompts of up to {longest} tokens,"
+    if left_out and not kept:
+        raise ValueError(f"{said} leave no response token within max_length={max_length}: raise max_length")
+    if left_out:
+        warnings.warn(f"{said} leave no response token within max_length={max_length} and are left out", stacklevel=3)
+    return kept
 
 
 def collate(encoded: Sequence[Encoded], pad_id: int, device: Any = "cpu") -> dict[str, Tensor]:

@@ -61,7 +61,10 @@ def transfer(
     with ExitStack() as stack:
         scratch = Path(config.folder) if config.folder else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         scratch.mkdir(parents=True, exist_ok=True)
-        encoded = encode(pair.tokenizer, data.train + data.validation, max_length=config.max_length)
+        given, watched = (
+            encode(pair.tokenizer, s, max_length=config.max_length) for s in (data.train, data.validation)
+        )
+        encoded = given + watched
         student = pair.load_student()
         n_student, vocabulary = len(decoder_layers(student)), len(head_weight(student))
         del student
@@ -102,7 +105,7 @@ def transfer(
 
         said = f"fdd {paired} {trajectory_weight} {delta_weight}"
         result = alignment.fit(
-            student, encoded, len(data.train), config, layers, supervision, terms, scratch, objective=said
+            student, encoded, len(given), config, layers, supervision, terms, scratch, objective=said
         )
     result.cost["wall_s"] = time.perf_counter() - start
     return result

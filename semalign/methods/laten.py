@@ -29,7 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from semalign.attribution import objective
 from semalign.lm import hooks
-from semalign.lm.examples import Encoded, Example, TaskData, collate, encode
+from semalign.lm.examples import Encoded, Example, TaskData, collate, encode, fitting
 from semalign.lm.parts import Model, decoder, decoder_layers, head_weight, norm_gain, sublayers
 from semalign.methods.registry import Method
 from semalign.models import Pair
@@ -404,9 +404,10 @@ def planned(pair: Pair, data: TaskData, config: TransferConfig, steps: int | Non
             f"LaTen locates by extract examples and trains on align examples too: task {data.name} has "
             f"{len(data.extract)} and {len(data.align)}; items={items} and steps={steps} count from 1"
         )
-    rng, steps = random.Random(config.seed), steps or len(data.extract)
-    examples = rng.sample(data.extract, len(data.extract))[:steps]
-    located = [*examples, rng.choice(data.train or data.extract)]
+    extract, train = (fitting(pair.tokenizer, s, max_length=config.max_length) for s in (data.extract, data.train))
+    rng, steps = random.Random(config.seed), steps or len(extract)
+    examples = rng.sample(extract, len(extract))[:steps]
+    located = [*examples, rng.choice(train or extract)]
     texts = [_attributed(pair.tokenizer, e, config.max_length) for e in located]
     split = (examples, data.align, data.validation or data.align)
     seeds, align, validation = (encode(pair.tokenizer, some, max_length=config.max_length) for some in split)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from semalign import alignment
-from semalign.lm.examples import IGNORED, Encoded, Example, TaskData, encode
+from semalign.lm.examples import IGNORED, Encoded, Example, TaskData, encode, fitting
 from semalign.lm.parts import Model, head_weight
 from semalign.methods.registry import Method
 from semalign.methods.seeking import to_lora
@@ -97,12 +97,13 @@ def train_on_policy(
         return student.eval()
 
     moving = replace(pair, load_student=load)
-    given = encode(pair.tokenizer, data.train, max_length=config.max_length)
+    examples = fitting(pair.tokenizer, data.train, max_length=config.max_length)
+    given = encode(pair.tokenizer, examples, max_length=config.max_length)
     watched = encode(pair.tokenizer, data.validation, max_length=config.max_length)
     for number in range(1, config.epochs + 1):
         seed = config.seed + 100_003 * (number - 1)
         student = load()
-        texts = continued(student, pair.tokenizer, data.train, new_tokens, config.max_length, seed)
+        texts = continued(student, pair.tokenizer, examples, new_tokens, config.max_length, seed)
         del student
         gc.collect()
         own = np.random.default_rng((seed, 1)).random(len(texts)) < own_share
@@ -139,7 +140,7 @@ def train_on_policy(
 
 
 def continued(
-    student: Model, tokenizer: Any, examples: tuple[Example, ...], new_tokens: int, max_length: int, seed: int
+    student: Model, tokenizer: Any, examples: Sequence[Example], new_tokens: int, max_length: int, seed: int
 ) -> list[Encoded]:
     """Each example's prompt with a response that the student samples; what it wrote are the labels, EOS as it came."""
     prompts = encode(tokenizer, [Example(e.prompt, "") for e in examples], max_length=max_length)

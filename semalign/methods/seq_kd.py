@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from semalign.lm.examples import Encoded, Example, TaskData, by_length, encode
+from semalign.lm.examples import Encoded, Example, TaskData, by_length, encode, fitting
 from semalign.lm.parts import Model
 from semalign.methods.registry import Method
 from semalign.methods.settings import SFT
@@ -30,11 +30,12 @@ def transfer(
     """
     config = config or TransferConfig()
     start = time.perf_counter()
+    examples = fitting(pair.tokenizer, data.train, max_length=config.max_length)
     teacher = pair.load_teacher().eval()
-    answers, tokens = generate(teacher, pair, data.train, new_tokens, config.max_length)
+    answers, tokens = generate(teacher, pair, examples, new_tokens, config.max_length)
     del teacher
     gc.collect()
-    ended = tuple(Example(e.prompt, a) for e, a in zip(data.train, answers, strict=True) if a is not None)
+    ended = tuple(Example(e.prompt, a) for e, a in zip(examples, answers, strict=True) if a is not None)
     if not ended:
         raise ValueError(f"none of the teacher's answers ends within {new_tokens} tokens: raise new_tokens")
     spent = time.perf_counter() - start

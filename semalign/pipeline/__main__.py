@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from semalign.lm.files import read_json
 from semalign.pipeline.notebooks import KEPT_ELSEWHERE, ORDER, ROOT, chapters_of, preflight, run_digest, stamp
 from semalign.profiles import Profile, load_profile
 
@@ -116,7 +116,7 @@ def keep(profile: str) -> Path:
 def finished_trials(p: Profile, folder: Path) -> Iterator[dict[str, Any]]:
     """The trials in a run's folder that its profile has: of its tasks; without a variant, of its methods and seeds."""
     for path in (path for task in p.tasks for path in sorted((folder / task).glob("*.json"))):
-        trial = json.loads(path.read_text(encoding="utf-8"))
+        trial = read_json(path)
         of_profile = trial["method"] in ("teacher", "none", *p.methods) and trial["seed"] in p.seeds
         if of_profile or trial["variant"]:
             yield trial

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -20,7 +21,7 @@ import torch
 from semalign import benchmarks, classroom
 from semalign.benchmarks.data import Row, sample
 from semalign.lm.examples import TaskData, encode
-from semalign.lm.files import write_text
+from semalign.lm.files import read_json, write_json
 from semalign.lm.parts import decoder_layers
 from semalign.methods import REGISTRY
 from semalign.methods.registry import run
@@ -116,8 +117,8 @@ def run_trial(
     path = Path(folder, task, f"{method}{'-' + variant if variant else ''}-{seed}.json")
     asked = [task, *(t for t in p.tasks if t != task and split and others)]
     key = trial_key(p, asked, method, seed, changes, split, others, watched)
-    if path.exists() and (kept := json.loads(path.read_text(encoding="utf-8")))["key"] == key:
-        return dict(kept)
+    if (kept := read_trial(path)) and kept.get("key") == key:
+        return kept
     pair = load_pair(p)
     data = splits(p, task, watched)
     spent, layers = costs(), tuple[int, ...]()
@@ -136,8 +137,19 @@ def run_trial(
         "key": key, "task": task, "method": method, "variant": variant, "seed": seed, "layers": list(layers),
         "answers": answers, "validation": compare(p, pair, model, data, Path(folder, "supervision")), "cost": spent,
     }  # fmt: skip
-    write_text(path, json.dumps(made) + "\n")
+    write_json(path, made)
     return made
+
+
+def read_trial(path: Path) -> dict[str, Any] | None:
+    """What :func:`run_trial` kept in a file; None where there is no file, and with a warning where it is damaged."""
+    if not path.exists():
+        return None
+    try:
+        return read_json(path)
+    except ValueError as error:
+        warnings.warn(f"{error}: the trial is made again", stacklevel=3)
+        return None
 
 
 def trial_key(p: Profile, tasks: Sequence[str], method: str, seed: int, *rest: Any) -> str:

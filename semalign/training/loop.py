@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from semalign.lm.examples import Encoded, by_length, collate
-from semalign.lm.files import reserve, save_tensors
+from semalign.lm.files import load_tensors, reserve, save_tensors
 from semalign.lm.hooks import capture, partial_decoder, skip_layers
 from semalign.lm.parts import Model, decoder, decoder_layers, head_weight
 from semalign.training.config import DivergedError, TransferConfig
@@ -352,7 +352,7 @@ def _load_checkpoint(folder: Path, key: str) -> dict[str, Any] | None:
     path = folder / "checkpoint.pt"
     if not path.exists():
         return None
-    state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+    state: dict[str, Any] = load_tensors(path)
     if state["key"] != key:
         raise ValueError(f"{path} belongs to other inputs or another configuration: choose another folder or delete it")
     return state

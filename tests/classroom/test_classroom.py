@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import random
 import re
 import subprocess
@@ -249,13 +248,20 @@ def test_a_checkpoint_of_another_recipe_is_not_gone_on_with(
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), fresh.parameters(), strict=True))
 
 
-def test_saving_removes_what_a_killed_process_left_and_nothing_else(tmp_path: Path) -> None:
-    done = subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True, check=True)
-    dead, running = (tmp_path / f"tiny.ckpt.{n}.part" for n in (int(done.stdout), os.getppid()))
-    dead.write_text("half")
-    running.write_text("half")
-    training.save_atomically({"step": 1}, tmp_path / "tiny.ckpt")
-    assert {p.name for p in tmp_path.iterdir()} == {"tiny.ckpt", running.name}
+def test_a_damaged_checkpoint_is_named_and_the_training_begins_anew(
+    tmp_path: Path, tokenizer: training.PreTrainedTokenizerFast
+) -> None:
+    recipe = training.Recipe("tiny", 1, 16, 2, 32, 2 * training.BATCH * training.WINDOW)
+    whole = training.build(recipe, tokenizer)
+    training.train(recipe, whole, tokenizer, tmp_path)
+    checkpoint = tmp_path / "tiny.ckpt"
+    content = bytearray(checkpoint.read_bytes())
+    content[len(content) // 2] ^= 1
+    checkpoint.write_bytes(content)
+    model = training.build(recipe, tokenizer)
+    with pytest.warns(UserWarning, match=r"tiny\.ckpt is damaged .* begins anew"):
+        training.train(recipe, model, tokenizer, tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters(), strict=True))
 
 
 def test_the_short_recipe_learns_and_the_larger_model_more(tmp_path: Path) -> None:

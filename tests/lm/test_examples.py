@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import Letters
 
-from semalign.lm.examples import Encoded, Example, collate, encode, supervised
+from semalign.lm.examples import Encoded, Example, collate, encode, fitting, supervised
 
 
 class NoBos(Letters):
@@ -31,10 +31,23 @@ def test_encode_adds_no_bos_where_the_tokenizer_adds_none_and_cuts_on_the_right(
     assert encoded.input_ids.tolist() == [ord(x) % 90 + 3 for x in "abcd"]
 
 
-def test_encode_refuses_a_prompt_that_leaves_no_response_and_a_tokenizer_without_eos() -> None:
+def test_encode_leaves_out_and_counts_a_prompt_that_leaves_no_response() -> None:
     tokenizer: Any = Letters()
-    with pytest.raises(ValueError, match=r"example 1 .* raise max_length"):
-        encode(tokenizer, [Example("a", "b"), Example("abcdef", "g")], max_length=5)
+    some = [Example("abcdef", "g"), Example("a", "b"), Example("abcdefg", "h")]
+    with pytest.warns(
+        UserWarning, match=r"2 of 3 examples, with prompts of up to 8 tokens, .*max_length=5 and are left"
+    ):
+        (encoded,) = encode(tokenizer, some, max_length=5)
+    assert encoded.input_ids.tolist() == encode(tokenizer, some[1:2], max_length=5)[0].input_ids.tolist()
+    with pytest.warns(UserWarning, match="left out"):
+        assert fitting(tokenizer, some, max_length=5) == some[1:2]
+    assert encode(tokenizer, [], max_length=5) == []
+
+
+def test_encode_refuses_examples_of_which_none_fits_and_a_tokenizer_without_eos() -> None:
+    tokenizer: Any = Letters()
+    with pytest.raises(ValueError, match=r"2 of 2 examples, .* raise max_length"):
+        encode(tokenizer, [Example("abcdef", "g")] * 2, max_length=5)
     tokenizer.eos_token_id = None
     with pytest.raises(ValueError, match="no EOS"):
         encode(tokenizer, [Example("a", "b")], max_length=5)

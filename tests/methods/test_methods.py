@@ -70,9 +70,14 @@ def data() -> TaskData:
     return replace(whole, align=whole.train[:4], extract=whole.train[4:7])
 
 
+def few(name: str) -> TransferConfig:
+    """As few epochs as a method can have."""
+    return settings(layers=(2,), epochs=2 if name == "warm_up" else 1)
+
+
 @cache
 def done(name: str, again: int = 0) -> TransferResult:
-    return REGISTRY[name].transfer(pair(), data(), settings(layers=(2,), epochs=2 if name == "warm_up" else 1))
+    return REGISTRY[name].transfer(pair(), data(), few(name))
 
 
 def test_the_registry_holds_every_method_of_the_table() -> None:
@@ -105,7 +110,7 @@ def test_no_method_changes_the_student_that_it_was_given(name: str) -> None:
     held = [student(), ending_teacher()]  # a pair that hands out its own objects, copied by nobody
     before = [{n: p.detach().clone() for n, p in m.named_parameters()} for m in held]
     lent = replace(pair(), load_student=lambda: _copy(held[0]), load_teacher=lambda: held[1])
-    REGISTRY[name].transfer(lent, data(), settings(layers=(2,), epochs=1))
+    REGISTRY[name].transfer(lent, data(), few(name))
     for model, old in zip(held, before, strict=True):
         assert all(torch.equal(p, old[n]) for n, p in model.named_parameters())
         assert all(p.grad is None for p in model.parameters())
@@ -116,6 +121,17 @@ def _copy(model: Any) -> Any:
     new = student()
     new.load_state_dict(model.state_dict())
     return new
+
+
+@pytest.mark.parametrize("name", ["semalign", "seq_kd", "gkd", "fdd", "ted", "laten"])
+def test_an_example_that_is_too_long_is_left_out_and_nothing_else_changes(name: str) -> None:
+    long = Example("x" * 600, "y")
+    whole = data()
+    watched = (*whole.validation, whole.train[0], long)
+    more = replace(whole, train=(long, *whole.train), extract=(*whole.extract, long), validation=watched)
+    with pytest.warns(UserWarning, match="left out"):
+        result = REGISTRY[name].transfer(pair(), more, few(name))
+    assert same_weights(result.student, done(name).student)
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"none"}))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +33,7 @@ def test_a_trial_answers_its_own_questions_and_some_of_the_others(made: tuple[Pa
     kept = {"id", "correct", "prediction", "topic", "known", "too_long"}
     assert all(set(a) - {"response"} == kept for rows in found["answers"].values() for a in rows)
     assert {n: len(v) for n, v in found["validation"].items()} == {"loss": 3, "right": 3, "kl": 3, "agree": 3}
-    assert json.loads((folder / "gsm8k" / "sft-0.json").read_text()) == found
+    assert trials.read_trial(folder / "gsm8k" / "sft-0.json") == found
 
 
 def test_a_trial_on_facts_is_also_asked_what_nobody_can_know(tmp_path: Path) -> None:
@@ -61,6 +60,21 @@ def test_a_trial_is_read_when_it_is_there_and_made_again_when_a_setting_changes(
             trials.run_trial(settings(**changes), "gsm8k", "sft", 0, folder, others=2)
     with pytest.raises(AssertionError, match="it trained"):
         trials.run_trial(settings(), "gsm8k", "sft", 0, folder, others=2, changes={"lr": 1e-4})
+
+
+@pytest.mark.parametrize("damage", ["{", "", "\0\1\2", "[]", "changed"])
+def test_a_damaged_trial_is_named_and_made_again(
+    made: tuple[Path, dict[str, Any]], tmp_path: Path, damage: str
+) -> None:
+    folder, found = made
+    text = (folder / "gsm8k" / "sft-0.json").read_text()
+    path = tmp_path / "gsm8k" / "sft-0.json"
+    path.parent.mkdir()
+    path.write_text(text.replace('"correct": ', '"correct": 9', 1) if damage == "changed" else damage)
+    with pytest.warns(UserWarning, match=r"sft-0\.json is damaged .*: the trial is made again"):
+        again = trials.run_trial(settings(), "gsm8k", "sft", 0, tmp_path, others=2)
+    assert {**again, "cost": 0} == {**found, "cost": 0}
+    assert trials.read_trial(path) == again and trials.read_trial(tmp_path / "none.json") is None
 
 
 def test_what_a_method_has_of_its_own_counts_for_it_alone_and_on_a_task_for_that() -> None:
