@@ -25,7 +25,8 @@ def parameters(notebook: str) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_name_targets_and_parameters_that_exist(page: str) -> None:
-    lines = [line for block in pages.code(pages.text(page), "bash") for line in block.splitlines()]
+    blocks = pages.code(pages.text(page), "bash")
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     makefile = (pages.ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
     variables = set(re.findall(r"^([A-Z]+) +\??:?=", makefile, re.MULTILINE))
