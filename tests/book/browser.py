@@ -14,9 +14,19 @@ from types import TracebackType
 from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-CHROMIUM = next((found for name in NAMES if (found := shutil.which(name))), None)
 PATIENCE = 60  # seconds
 WITHOUT = "no Chromium is installed, so that no page is opened in a browser"
+
+
+def _answers(command: str) -> bool:
+    """Some systems have a command of that name which only says how to install the browser."""
+    try:
+        return subprocess.run([command, "--version"], capture_output=True, timeout=PATIENCE).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
+CHROMIUM = next((found for name in NAMES if (found := shutil.which(name)) and _answers(found)), None)
 
 
 class Browser:
