@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -38,8 +39,19 @@ def lock(results: str) -> None:
     _LOCKS.append(handle)
 
 
-def _watch(pids: list[int]) -> None:
-    """Stop this process, and with it its kernel, once one of ``pids`` is gone (a killed make leaves nothing behind)."""
+OWNERS = ("SEMALIGN_MAKE", "SEMALIGN_RUN", "SEMALIGN_SNAKEMAKE")
+"""Where a process of a run finds those that it must not outlive, as HOST:PID: on another host of a cluster it may."""
+
+
+def own(name: str, pid: int) -> None:
+    """Let what this process starts know that it must not outlive ``pid``, under one of :data:`OWNERS`."""
+    os.environ[name] = f"{socket.gethostname()}:{pid}"
+
+
+def watch_owners() -> None:
+    """Stop this process, and with it its kernel, once one of its owners is gone: a kill leaves nothing behind."""
+    of_name = (os.environ.get(name, "").rpartition(":") for name in OWNERS)
+    pids = [int(pid) for host, _, pid in of_name if pid and host == socket.gethostname()]
 
     def loop() -> None:
         while True:
@@ -122,6 +134,14 @@ def finished_trials(p: Profile, folder: Path) -> Iterator[dict[str, Any]]:
             yield trial
 
 
+def too_few(p: Profile) -> str:
+    """Said before a run: that it asks too few questions to call a difference none, and how many it takes."""
+    from semalign.study.analysis import too_few_questions
+
+    said = too_few_questions(p.sizes.test, seeds=len(p.seeds)) if p.sizes.test else ""
+    return f"profile {p.name}: {said}" if said else ""
+
+
 def run(profile: str, cores: str, until: str, results: Path | None = None) -> int:
     """Call Snakemake for one profile and print where the book is.
 
@@ -130,6 +150,8 @@ def run(profile: str, cores: str, until: str, results: Path | None = None) -> in
     """
     p = load_profile(profile)
     preflight(p)
+    if said := too_few(p):
+        print(said, flush=True)
     if Path(profile).suffix in (".yaml", ".yml"):
         profile = str(Path(profile).expanduser().resolve())
     folder = (results or ROOT / "results" / p.name).resolve()
@@ -139,6 +161,7 @@ def run(profile: str, cores: str, until: str, results: Path | None = None) -> in
         "--config", f"profile={profile}", f"results={folder}", "--rerun-triggers", "software-env",
         "--quiet", "rules", "progress", "host", "reason",
     ]  # fmt: skip
+    own("SEMALIGN_RUN", os.getpid())
     code = subprocess.run(command).returncode
     if code == 0 and until == "book":
         print(f"the book: {folder / 'book' / '_build' / 'html' / 'index.html'}")
@@ -173,7 +196,9 @@ def main(argv: list[str] | None = None) -> int:
     book.add_argument("profile")
     book.add_argument("--results", type=Path, required=True)
     given = parser.parse_args(argv)
-    _watch([int(os.environ[k]) for k in ("SEMALIGN_MAKE_PID", "SEMALIGN_PIPELINE_PID") if os.environ.get(k)])
+    if make := os.environ.pop("SEMALIGN_MAKE_PID", ""):
+        own("SEMALIGN_MAKE", int(make))
+    watch_owners()
     try:
         if given.verb == "run":
             return run(given.profile, given.cores, given.until, given.results)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -210,6 +211,22 @@ def _section(cells: list[nbformat.NotebookNode], index: int) -> str:
     return next((line.lstrip("# ") for line in reversed(above) if line.startswith("#")), "")
 
 
+def leave_the_user_out(empty: Path) -> None:
+    """Keep from kernels what their user's environment would put on a page; they keep their own files in ``empty``."""
+    # A kernel of papermill has no widgets, and says so on the page of every notebook that imports tqdm.
+    os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"
+    os.environ.pop("MPLBACKEND", None)  # with a caller's backend a page has no figures
+    os.environ.pop("JUPYTER_PATH", None)  # nor is another kernel of the same name meant
+    os.environ["IPYTHONDIR"] = str(empty / "ipython")  # where a user's start-up files would print
+    try:
+        at_home = os.access(Path.home(), os.W_OK)
+    except RuntimeError:  # a user without an entry, as in containers
+        at_home = False
+    if not at_home:  # libraries would report it
+        os.environ |= {"MPLCONFIGDIR": str(empty / "matplotlib"), "JUPYTER_RUNTIME_DIR": str(empty / "jupyter")}
+        os.environ["XDG_CACHE_HOME"] = str(empty / "cache")
+
+
 def run_notebook(name: str, profile: str, results: Path, planned: str = "") -> Path:
     """Execute one notebook for a profile, by its name or path; ``planned`` is the digest that its run counts on.
 
@@ -234,9 +251,8 @@ def run_notebook(name: str, profile: str, results: Path, planned: str = "") -> P
     made_from = digests(p).get(name, "")
     if planned and planned != made_from:
         raise NotebookFailed(f"what notebook {name} depends on was changed while the run went on: call it again")
-    # A kernel of papermill has no widgets, and says so on the page of every notebook that imports tqdm.
-    os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"
-    os.environ.pop("MPLBACKEND", None)  # with a caller's backend a page has no figures
+    own = tempfile.TemporaryDirectory()
+    leave_the_user_out(Path(own.name))
     started, at = time.monotonic(), [0]
 
     class Progress(papermill.engines.NBClientEngine):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 from working_copy import command, copy_to
 
@@ -142,23 +146,84 @@ def test_a_second_run_over_the_same_results_is_refused(tmp_path: Path) -> None:
     assert done.returncode != 0 and f"another run is writing to {tmp_path}" in done.stderr
 
 
-def test_a_killed_make_takes_the_notebook_with_it(tmp_path: Path) -> None:
-    """The process that runs a notebook ends within two seconds once the watched process is gone."""
+def test_what_is_started_ends_with_its_owner_and_not_with_a_number_of_another_host() -> None:
+    code = "import time; from semalign.pipeline.__main__ import watch_owners; watch_owners(); time.sleep(30)"
     sleeper = subprocess.Popen(["sleep", "60"])
-    code = f"import time; from semalign.pipeline.__main__ import _watch; _watch([{sleeper.pid}]); time.sleep(30)"
-    watched = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    away, here = (f"{host}:{sleeper.pid}" for host in ("elsewhere", socket.gethostname()))
+    watching, elsewhere = (
+        subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "SEMALIGN_RUN": said})
+        for said in (here, away)
+    )
     try:
         sleeper.kill()
         sleeper.wait()
-        assert watched.wait(timeout=15) == 1
+        assert watching.wait(timeout=15) == 1
+        assert elsewhere.poll() is None
     finally:
-        watched.kill()
+        watching.kill()
+        elsewhere.kill()
+
+
+@pytest.mark.parametrize("killed", ["semalign.pipeline run", "snakemake notebooks"])
+def test_whatever_is_killed_of_a_run_nothing_goes_on(tmp_path: Path, killed: str) -> None:
+    """A kernel works; ``run`` or Snakemake is killed; three seconds later none of the tree is left."""
+    words = ["run", "smoke", "--cores", "1", "--until", "notebooks", "--results", str(tmp_path)]
+    run = subprocess.Popen(
+        [sys.executable, "-m", "semalign.pipeline", *words], cwd=ROOT,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    root, tree = psutil.Process(run.pid), list[psutil.Process]()
+    try:
+        for _ in range(600):
+            tree = [root, *root.children(recursive=True)]
+            if any("ipykernel" in " ".join(_words(one)) for one in tree):
+                break
+            time.sleep(0.1)
+        victim = next(one for one in tree if killed in " ".join(_words(one)))
+        victim.kill()
+        run.wait(timeout=10) if victim.pid == run.pid else None
+        _, left = psutil.wait_procs([one for one in tree if one.pid != run.pid], timeout=3)
+        assert [_words(one) for one in left if one.is_running() and one.status() != psutil.STATUS_ZOMBIE] == []
+    finally:
+        for one in tree:
+            with contextlib.suppress(psutil.Error):
+                one.kill()
+        run.wait(timeout=10)
+
+
+def _words(process: psutil.Process) -> list[str]:
+    try:
+        return list(process.cmdline())
+    except psutil.Error:
+        return []
+
+
+def test_snakemake_needs_no_home(copy: Path) -> None:
+    plan = [sys.executable, "-m", "snakemake", "notebooks", "--cores", "1", "--nolock", "--config", "profile=smoke"]
+    environment = {**os.environ, "PYTHONPATH": str(copy), "HOME": "/proc/none"}
+    done = subprocess.run([*plan, "--dry-run"], cwd=copy, env=environment, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_users_settings_reach_no_page(tmp_path: Path) -> None:
+    startup = tmp_path / "ipython/profile_default/startup/00.py"
+    startup.parent.mkdir(parents=True)
+    startup.write_text("print('a stray line')")
+    junk = {"HOME": "/proc/none", "IPYTHONDIR": str(tmp_path / "ipython"), "JUPYTER_PATH": "/none", "MPLBACKEND": "agg"}
+    done = command(ROOT, "notebook", "91_pico", "smoke", "--results", str(tmp_path / "results"), **junk)
+    assert done.returncode == 0, done.stdout
+    outputs = [
+        o for c in nbformat.read(tmp_path / "results/notebooks/91_pico.ipynb", 4).cells for o in c.get("outputs", [])
+    ]
+    assert sum("image/svg+xml" in o.get("data", {}) for o in outputs) == 2
+    assert not [o for o in outputs if o.get("name") == "stderr" or "a stray line" in str(o)]
 
 
 def test_a_profile_runs_the_chapters_whose_needs_it_meets_and_a_job_for_each_trial() -> None:
     p = load_profile(
-        "classroom-full", tasks=["gsm8k"], methods=["none", "sft"], seeds=[0, 3], search={"tasks": ["gsm8k"]}
-    )
+        "classroom-full", tasks=["gsm8k"], methods=["none", "sft"], seeds=[0, 3], search={"tasks": ["gsm8k"]},
+        regimes={"tasks": ["gsm8k"]}, trial_jobs=True,
+    )  # fmt: skip
     absent = {"05_mmlu", "07_humaneval", "08_mbpp", "09_fine_tuned_teachers"}
     assert set(notebooks.missing(p)) == set(ORDER) - set(notebooks.chapters_of(p)) == absent
     assert notebooks.missing(p)["05_mmlu"] == "needs the task mmlu, which this profile leaves out"
@@ -177,7 +242,7 @@ def test_links_to_chapters_that_are_left_out_become_their_titles() -> None:
 
 
 def test_the_jobs_run_under_the_seeds_that_the_chapters_ask_for() -> None:
-    p = load_profile("classroom-full")
+    p = load_profile("classroom-full", trial_jobs=True)
     asked = {m: list(trials.seeds_of(m, p.seeds)) for m in (trials.TEACHER, "none", *p.methods)}
     expected = {f"mmlu/{method}-{seed}.json" for method, seeds in asked.items() for seed in seeds}
     jobs = notebooks.trials_of(p, "05_mmlu")

@@ -24,7 +24,13 @@ from semalign.profiles import FOLDER
 )
 def test_a_profile_of_one_task_runs_whole(tmp_path: Path, task: str, absent: set[str]) -> None:
     content = yaml.safe_load((FOLDER / "smoke.yaml").read_text())
-    content |= {"tasks": [task], "search": {"draws": 1}, "allow_code_execution": False, "others": 0}
+    content |= {
+        "tasks": [task],
+        "search": {"draws": 1},
+        "regimes": {"examples": [4]},
+        "allow_code_execution": False,
+        "others": 0,
+    }
     mine, results = tmp_path / "my pair.yaml", tmp_path / "my results"
     mine.write_text(yaml.safe_dump(content))
     script = Path(__file__).with_name("chapters_here.py")
