@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, workflow.basedir)
 from semalign.pipeline import book as the_book
 from semalign.pipeline import notebooks as chapters
-from semalign.pipeline.__main__ import lock, own, watch_owners
+from semalign.pipeline.__main__ import announce, lock, watch_owners
 from semalign.profiles import load_profile
 
 PROFILE = str(config.get("profile", "classroom"))
@@ -30,7 +30,7 @@ THREADS = (workflow.cores or 1) if GPU else 1
 PYTHON = config.get("python", sys.executable)
 
 watch_owners()
-own("SEMALIGN_SNAKEMAKE", os.getpid())
+announce("SEMALIGN_SNAKEMAKE", os.getpid())
 
 
 def made(name):

@@ -43,7 +43,7 @@ OWNERS = ("SEMALIGN_MAKE", "SEMALIGN_RUN", "SEMALIGN_SNAKEMAKE")
 """Where a process of a run finds those that it must not outlive, as HOST:PID: on another host of a cluster it may."""
 
 
-def own(name: str, pid: int) -> None:
+def announce(name: str, pid: int) -> None:
     """Let what this process starts know that it must not outlive ``pid``, under one of :data:`OWNERS`."""
     os.environ[name] = f"{socket.gethostname()}:{pid}"
 
@@ -161,7 +161,7 @@ def run(profile: str, cores: str, until: str, results: Path | None = None) -> in
         "--config", f"profile={profile}", f"results={folder}", "--rerun-triggers", "software-env",
         "--quiet", "rules", "progress", "host", "reason",
     ]  # fmt: skip
-    own("SEMALIGN_RUN", os.getpid())
+    announce("SEMALIGN_RUN", os.getpid())
     code = subprocess.run(command).returncode
     if code == 0 and until == "book":
         print(f"the book: {folder / 'book' / '_build' / 'html' / 'index.html'}")
@@ -197,7 +197,7 @@ def main(argv: list[str] | None = None) -> int:
     book.add_argument("--results", type=Path, required=True)
     given = parser.parse_args(argv)
     if make := os.environ.pop("SEMALIGN_MAKE_PID", ""):
-        own("SEMALIGN_MAKE", int(make))
+        announce("SEMALIGN_MAKE", int(make))
     watch_owners()
     try:
         if given.verb == "run":

@@ -73,15 +73,17 @@ def kinds_of(p: Profile) -> list[str]:
 
 def cell(p: Profile, task: str, way: str, examples: int, kind: str, folder: str | Path) -> list[list[dict[str, Any]]]:
     """The trials of one cell of the map: a list a student, of one seed, for :func:`right`."""
-    found = []
+    of_students = []
     for at, student in enumerate(students_of(p)):
         of, teacher = WAYS[way], p.kin_teachers[at] if kind == "kin" else p.teacher
-        own = p.changed(student=student, teacher=teacher, sizes={"train": examples})
-        given = {**trials.own(p, of.like, task)} if of.like else {}
+        taught = p.changed(student=student, teacher=teacher, sizes={"train": examples})
+        given = {**trials.hyperparameters(p, of.like, task)} if of.like else {}
         changes = {**given, **of.settings, **budget(examples)}
         name = f"{kind if of.asks else 'any'}-{list(WAYS).index(way)}-{examples}-{at}"
-        found.append([trials.run_trial(own, task, of.method, p.seeds[0], folder, changes=changes, variant=name)])
-    return found
+        of_students.append(
+            [trials.run_trial(taught, task, of.method, p.seeds[0], folder, changes=changes, variant=name)]
+        )
+    return of_students
 
 
 def untouched(p: Profile, task: str, folder: str | Path) -> list[list[dict[str, Any]]]:

@@ -39,7 +39,7 @@ def tuned_methods(methods: Sequence[str]) -> list[str]:
 def draws(method: str, n: int, depth: int, rates: tuple[float, float] = RATES) -> list[Draw]:
     """``n`` seeded draws for a method on a student of ``depth`` layers; the first m of n are the m of ``draws(m)``."""
     row = REGISTRY[method]
-    found = []
+    drawn = []
     for i in range(n):
         chosen = random.Random(f"{method} {rates[0]:g} {i}")
         one: Draw = {"lr": float(f"{math.exp(chosen.uniform(math.log(rates[0]), math.log(rates[1]))):.3g}")}
@@ -48,8 +48,8 @@ def draws(method: str, n: int, depth: int, rates: tuple[float, float] = RATES) -
             one["layers"] = [chosen.randint(1, depth)]
             if row.teacher.startswith("states"):
                 one["layer_weight"] = chosen.choice(WEIGHTS)
-        found.append(one)
-    return found
+        drawn.append(one)
+    return drawn
 
 
 def tune(p: Profile, method: str, folder: str | Path, n: int) -> dict[str, Any]:

@@ -310,6 +310,8 @@ def test_the_profiles_hyperparameters_are_those_that_were_chosen(name: str) -> N
     kept, _ = load_metrics(ROOT / f"book/tuned/{name}.json")
     p = load_profile(name)
     for method, tried in kept["methods"].items():
-        assert trials.own(p, method, p.tasks[0]) == tried["chosen"], method
+        assert trials.hyperparameters(p, method, p.tasks[0]) == tried["chosen"], method
     for method in (m for m in p.methods if REGISTRY[m].follows):
-        assert trials.own(p, method, p.tasks[0]) == kept["methods"][REGISTRY[method].follows]["chosen"], method
+        assert trials.hyperparameters(p, method, p.tasks[0]) == kept["methods"][REGISTRY[method].follows]["chosen"], (
+            method
+        )
