@@ -20,9 +20,6 @@ from semalign.methods import REGISTRY
 from semalign.profiles import Profile
 from semalign.study import trials
 
-STEPS = 120
-"""Optimizer steps of every cell, about: examples are seen again, or more of them in a step."""
-
 
 @dataclass(frozen=True)
 class Way:
@@ -55,10 +52,13 @@ WAYS = {
 UNTOUCHED = "untouched"
 
 
-def budget(examples: int) -> dict[str, int]:
-    """``batch`` and ``epochs`` with which this many examples make about :data:`STEPS` steps, two epochs or more."""
+def budget(examples: int, steps: int) -> dict[str, int]:
+    """``batch`` and ``epochs`` with which so many examples make about so many steps, in two epochs or more.
+
+    Few examples are seen again and again; of many there are more in a step.
+    """
     batch = 4 if examples <= 128 else 2 ** math.ceil(math.log2(examples / 32))
-    return {"batch": batch, "epochs": max(2, round(STEPS / math.ceil(examples / batch)))}
+    return {"batch": batch, "epochs": max(2, round(steps / math.ceil(examples / batch)))}
 
 
 def students_of(p: Profile) -> list[Any]:
@@ -78,7 +78,7 @@ def cell(p: Profile, task: str, way: str, examples: int, kind: str, folder: str 
         of, teacher = WAYS[way], p.kin_teachers[at] if kind == "kin" else p.teacher
         taught = p.changed(student=student, teacher=teacher, sizes={"train": examples})
         given = {**trials.hyperparameters(p, of.like, task)} if of.like else {}
-        changes = {**given, **of.settings, **budget(examples)}
+        changes = {**given, **of.settings, **budget(examples, p.regimes.steps)}
         name = f"{kind if of.asks else 'any'}-{list(WAYS).index(way)}-{examples}-{at}"
         of_students.append(
             [trials.run_trial(taught, task, of.method, p.seeds[0], folder, changes=changes, variant=name)]
