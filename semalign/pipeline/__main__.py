@@ -166,6 +166,9 @@ def run(profile: str, cores: str, until: str, results: Path | None = None) -> in
         "--cores", cores, "--resources", "gpu=1", "--nolock", "--rerun-incomplete",
         "--config", f"profile={profile}", f"results={folder}", "--rerun-triggers", "software-env",
         "--quiet", "rules", "progress", "host", "reason",
+        # What profiles/default says, without a line about it: nothing is kept in a home folder.
+        "--workflow-profile", "none",
+        "--shared-fs-usage", "persistence", "input-output", "software-deployment", "sources", "storage-local-copies",
     ]  # fmt: skip
     announce("SEMALIGN_RUN", os.getpid())
     code = subprocess.run(command).returncode
