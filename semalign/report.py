@@ -84,7 +84,8 @@ def load_metrics(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     except FileNotFoundError:
         raise ValueError(f"there are no metrics at {path}: run the notebook that writes them") from None
     except (ValueError, KeyError) as error:
-        raise ValueError(f"{path} is no metrics file ({error}): delete it and run its notebook again") from None
+        said = "it lacks " + str(error) if isinstance(error, KeyError) else "its content is damaged"
+        raise ValueError(f"{path} is no metrics file ({said}): delete it and run its notebook again") from None
 
 
 def provenance_table(provenance: Mapping[str, Any]) -> str:
