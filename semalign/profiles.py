@@ -355,7 +355,12 @@ def _unknown(asked: str, path: Path) -> str:
     if path.parent != FOLDER and Path(asked).suffix:
         return f"there is no profile file {asked}: correct the path"
     names = sorted(p.stem for p in path.parent.glob("*.yaml"))
-    return f"there is no profile {asked!r}{_nearest(asked, names)}; there are: {', '.join(names) or 'none'}"
+    if not names:
+        return (
+            f"there is no profile {asked!r}, nor any other in {path.parent}: install the package from its own folder by "
+            "pip install -e ., or give a yaml file"
+        )
+    return f"there is no profile {asked!r}{_nearest(asked, names)}; there are: {', '.join(names)}"
 
 
 def _nearest(word: str, words: Iterable[str]) -> str:

@@ -87,6 +87,11 @@ def test_a_model_folder_counts_from_the_profile(tmp_path: Path) -> None:
     assert profile.teacher.path == str(tmp_path / "models" / "big")  # type: ignore[union-attr]
 
 
+def test_an_installation_without_profiles_says_how_to_install(tmp_path: Path) -> None:
+    with pytest.raises(ProfileError, match=r"'classroom', nor any other in .*: install .* pip install -e \., or give"):
+        load_profile("classroom", folder=tmp_path)
+
+
 def test_the_classroom_has_as_many_items_as_profiles_are_told() -> None:
     assert classroom_sizes() == corpora.SIZES
     load_profile("classroom", sizes=corpora.SIZES)

@@ -142,11 +142,32 @@ def too_few(p: Profile) -> str:
     return f"profile {p.name}: {said}" if said else ""
 
 
+def check_writable(folder: Path) -> None:
+    """Refuse a folder of results that cannot be written, before a run is planned over it.
+
+    Raises:
+        RuntimeError: it is a file, or somebody else's; the message names the owner.
+    """
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    if not place.is_dir():
+        raise RuntimeError(f"{place} is a file: choose another folder for the results")
+    if not os.access(place, os.W_OK | os.X_OK):
+        try:
+            owner = place.owner()
+        except KeyError:  # a number without an entry, as in containers
+            owner = f"user {place.stat().st_uid}"
+        raise RuntimeError(
+            f"{place} belongs to {owner} and cannot be written: have it given to you (chown), or choose another folder "
+            "with RESULTS=folder"
+        )
+
+
 def run(profile: str, cores: str, until: str, results: Path | None = None) -> int:
     """Call Snakemake for one profile and print where the book is.
 
     Raises:
         ProfileError: the profile is unknown or malformed, or asks for programs and does not allow them.
+        RuntimeError: the results cannot be written.
     """
     p = load_profile(profile)
     preflight(p)
@@ -155,6 +176,7 @@ def run(profile: str, cores: str, until: str, results: Path | None = None) -> in
     if Path(profile).suffix in (".yaml", ".yml"):
         profile = str(Path(profile).expanduser().resolve())
     folder = (results or ROOT / "results" / p.name).resolve()
+    check_writable(folder)
     command = [
         sys.executable, "-m", "snakemake", until, "--snakefile", str(ROOT / "Snakefile"), "--directory", str(ROOT),
         "--cores", cores, "--resources", "gpu=1", "--nolock", "--rerun-incomplete",

@@ -166,6 +166,19 @@ def test_a_book_of_a_folder_without_a_run_names_what_is_missing(
     assert "main_figure.svg is missing: correct the path, or run what makes it" in capsys.readouterr().err
 
 
+def test_results_that_cannot_be_written_are_refused_with_their_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("something ran"))
+    (tmp_path / "taken").write_text("a file")
+    assert cli.main(["run", "smoke", "--results", str(tmp_path / "taken" / "below")]) == 1
+    assert "taken is a file: choose another folder for the results" in capsys.readouterr().err
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert cli.main(["run", "smoke", "--results", str(tmp_path / "new")]) == 1
+    said = capsys.readouterr().err
+    assert f"{tmp_path} belongs to {tmp_path.owner()} and cannot be written: have it given to you" in said
+
+
 def test_a_second_run_over_the_same_results_is_refused(tmp_path: Path) -> None:
     cli.lock(str(tmp_path))
     code = f"from semalign.pipeline.__main__ import lock; lock({str(tmp_path)!r})"
