@@ -357,7 +357,7 @@ def _unknown(asked: str, path: Path) -> str:
     names = sorted(p.stem for p in path.parent.glob("*.yaml"))
     if not names:
         return (
-            f"there is no profile {asked!r}, nor any other in {path.parent}: install the package from its own folder by "
+            f"there is no profile {asked!r}, nor any other in {path.parent}: install the package from its folder by "
             "pip install -e ., or give a yaml file"
         )
     return f"there is no profile {asked!r}{_nearest(asked, names)}; there are: {', '.join(names)}"
