@@ -149,7 +149,7 @@ def _hub_trouble(name: str, revision: str) -> Iterator[None]:
         raise ModelUnavailable(
             f"the hub has no model {name}, or it is private: correct the id in the profile, or set HF_TOKEN"
         ) from None
-    except (OSError, hub_errors.HTTPError) as error:
+    except (OSError, ImportError, hub_errors.HTTPError) as error:  # a proxy can need a package that is not there
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise ModelUnavailable(f"no space left for {name}: free some, or set HF_HOME to a larger disk") from None
         if isinstance(error, hub_errors.LocalEntryNotFoundError | ConnectionError):

@@ -330,6 +330,7 @@ def test_a_hub_out_of_reach_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> 
         (OSError("a shard is missing\nlong story"), r"cannot be read from the hub \(a shard is missing\): copy"),
         (huggingface_hub.errors.HTTPError("timed out"), r"cannot be read from the hub \(timed out\)"),
         (ConnectionResetError("reset"), "the hub cannot be reached"),
+        (ImportError("Using SOCKS proxy, but the 'socksio' package is not installed"), r"from the hub \(Using SOCKS"),
     ],
 )
 def test_trouble_on_the_way_is_one_sentence(error: Exception, said: str) -> None:
