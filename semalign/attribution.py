@@ -52,7 +52,7 @@ def _graph_from_embeddings(model: Model) -> Iterator[None]:
     """Start the graph at the embeddings' output and leave every parameter out of it; all flags are put back after."""
     flags = [(p, p.requires_grad) for p in model.parameters()]
     handle = model.get_input_embeddings().register_forward_hook(  # type: ignore[operator]
-        lambda _module, _args, output: output.detach().requires_grad_()
+        lambda _module, _args, output: output.detach().requires_grad_().clone()  # a leaf cannot be changed in place
     )
     for parameter, _ in flags:
         parameter.requires_grad_(False)

@@ -139,7 +139,8 @@ def _returned(model: Model) -> int:
         handle = layer.register_forward_hook(stop)
         try:
             with torch.no_grad():
-                decoder(model)(torch.ones(1, 1, dtype=torch.long, device=next(model.parameters()).device))
+                one = torch.ones(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+                decoder(model)(one, use_cache=False)
         except Answered:
             pass
         finally:

@@ -18,7 +18,8 @@ Model = nn.Module
 
 def decoder(model: Model) -> Model:
     """The stack without the head: what maps token ids to normalised final states."""
-    return model.get_decoder() if hasattr(model, "get_decoder") else model.base_model  # type: ignore[operator, return-value]
+    stack: Any = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model  # type: ignore[operator]
+    return getattr(model, "model", stack) if stack is model else stack  # Llama-4's text model takes itself for it
 
 
 def decoder_layers(model: Model) -> nn.ModuleList:

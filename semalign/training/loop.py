@@ -286,8 +286,15 @@ def _attach(
         target_modules=targets,
         init_lora_weights=init,
     )
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # peft's, of a transformers name
-        adapted: Any = get_peft_model(student, lora)
+    try:
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # peft's, of a transformers name
+            adapted: Any = get_peft_model(student, lora)
+    except ValueError as error:  # of experts whose matrices are one
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise ValueError(
+            f"lora_targets={config.lora_targets} cannot be adapted in a {type(student).__name__} ({reason}): choose "
+            'others, or trained="layer"'
+        ) from None
     if isinstance(config.adapters, Mapping):
         _start_from({n: student.get_submodule(n) for n in targets}, config.adapters)
     _add_projection(student, config)

@@ -12,7 +12,7 @@ from torch import nn
 from semalign.attribution import layer_attribution, objective, skip_loss
 from semalign.lm.examples import collate
 from semalign.lm.hooks import capture, check_head, check_sublayers, skip_layers
-from semalign.lm.parts import decoder_layers, norm_gain
+from semalign.lm.parts import decoder, decoder_layers, norm_gain
 
 WHOLE = {**FAMILIES, **{name: make for name, make in ODD.items() if name not in APART}}
 
@@ -160,3 +160,21 @@ def test_logits_that_are_not_the_head_on_the_final_states_are_refused() -> None:
     for _ in range(2):
         with pytest.raises(ValueError, match="the logits of a LlamaForCausalLM are not its head on"):
             check_head(strange)
+
+
+def test_a_decoder_may_change_its_embeddings_in_place() -> None:
+    def doubles(_layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        args[0].mul_(2)
+
+    model, batch = tiny_llama(), collate(toy_data(2), 0)
+    model.model.layers[0].register_forward_pre_hook(doubles)
+    twice = tiny_llama()
+    with torch.no_grad():
+        twice.model.embed_tokens.weight.mul_(2)
+    torch.testing.assert_close(layer_attribution(model, batch), layer_attribution(twice, batch))
+
+
+def test_a_model_that_takes_itself_for_its_decoder_has_one_inside() -> None:
+    model = tiny_llama()
+    model.get_decoder = lambda: model  # type: ignore[method-assign]
+    assert decoder(model) is model.model and len(decoder_layers(model)) == 3
