@@ -12,7 +12,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book notebooks tune keep test bench pico lint lock clean
+.PHONY: help setup book notebooks tune keep test bench zoo pico lint lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -54,6 +54,9 @@ test: setup ## the test suite, a file at a time on each core
 
 bench: setup ## measure speed and memory against the obvious alternatives
 	@for script in tests/bench/bench_*.py; do $(BIN)/python $$script || exit 1; done
+
+zoo: setup ## try every decoder family that transformers ships, and write the table of book/architectures.md
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/zoo/zoo.py
 
 pico: setup ## retrain the Pico family from nothing (resumes after a kill)
 	@$(BIN)/python -m semalign.classroom

@@ -52,7 +52,7 @@ def transfer(pair: Pair, data: TaskData, config: TransferConfig | None = None) -
     """
     config = config or TransferConfig()
     if not data.train:
-        raise ValueError(f"task {data.name} has no training examples: transfer needs at least one")
+        raise ValueError(f"task {data.name} has no training examples: give it at least one")
     start = time.perf_counter()
     with ExitStack() as stack:
         scratch = Path(config.folder) if config.folder else Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -176,9 +176,14 @@ def _check_widths(config: TransferConfig, matrix: Tensor | None, d_s: int, d_t: 
     given = (d_t, d_t) if matrix is None else tuple(matrix.shape)
     projection, compared = config.projection, given[0] if config.projection is not None else d_s
     if isinstance(projection, Tensor) and projection.shape != (compared, d_s):
-        raise ValueError(f"projection is {tuple(projection.shape)}, and this pair needs {(compared, d_s)}")
+        raise ValueError(
+            f"projection is {tuple(projection.shape)}, and this pair needs {(compared, d_s)}: give one of that shape"
+        )
     if given != (compared, d_t) and (matrix is not None or config.layer_loss != "relational"):
-        raise ValueError(f"map gives a matrix of shape {given}, and this pair needs (D_S, D_T) = {(compared, d_t)}")
+        raise ValueError(
+            f"map gives a matrix of shape {given}, and this pair needs (D_S, D_T) = {(compared, d_t)}: name a kind of "
+            "map, or give a matrix of that shape"
+        )
 
 
 def choose_layers(

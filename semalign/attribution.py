@@ -30,7 +30,7 @@ def objective(model: Model, batch: Batch) -> Tensor:
     """
     labels = batch["labels"][:, 1:]
     if not (labels != IGNORED).any():
-        raise ValueError("the batch has no supervised position: every label is -100")
+        raise ValueError("the batch has no supervised position: every label is -100: give examples with a response")
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED)
 
@@ -52,7 +52,7 @@ def _graph_from_embeddings(model: Model) -> Iterator[None]:
     """Start the graph at the embeddings' output and leave every parameter out of it; all flags are put back after."""
     flags = [(p, p.requires_grad) for p in model.parameters()]
     handle = model.get_input_embeddings().register_forward_hook(  # type: ignore[operator]
-        lambda _module, _args, output: output.detach().requires_grad_()
+        lambda _module, _args, output: output.detach().requires_grad_().clone()  # a leaf cannot be changed in place
     )
     for parameter, _ in flags:
         parameter.requires_grad_(False)
@@ -70,6 +70,19 @@ def _reduce(product: Tensor, reduce: str) -> Tensor:
     if reduce == "signed":
         return product.sum(-1)
     return product.abs().sum(-1) if reduce == "abs" else product.square().sum(-1)
+
+
+def _gradients(model: Model, loss: Tensor, activations: list[Tensor]) -> list[Tensor]:
+    """The gradient of the loss at each layer's activation."""
+    reached = loss.requires_grad and all(a.requires_grad for a in activations)
+    found = torch.autograd.grad(loss, activations, allow_unused=True) if reached else [None] * len(activations)
+    for k, gradient in enumerate(found, start=1):
+        if gradient is None:
+            raise ValueError(
+                f"the loss of a {type(model).__name__} has no gradient at layer {k}: choose a model in which every "
+                "layer lies between the embeddings and the logits"
+            )
+    return [gradient for gradient in found if gradient is not None]
 
 
 def layer_attribution(
@@ -105,7 +118,7 @@ def layer_attribution(
             check_sublayers(model)
     with _graph_from_embeddings(model), capture(model, taps, raw=True) as seen:
         loss = objective(model, batch)
-        gradients = torch.autograd.grad(loss, [seen[k, read] for k in layers])
+        gradients = _gradients(model, loss, [seen[k, read] for k in layers])
     products = [seen[k, point].detach().float() * g.float() for k, g in zip(layers, gradients, strict=True)]
     scores = torch.stack([_reduce(product, reduce) for product in products])
     if not per_token:
@@ -151,7 +164,8 @@ def neuron_attribution(model: Model, batch: Batch) -> Tensor:
         down = getattr(getattr(block, "mlp", None), "down_proj", None)
         if down is None:
             raise ValueError(
-                f"layer {layer + 1} of a {type(model).__name__} has no mlp.down_proj, so no neurons to score"
+                f"layer {layer + 1} of a {type(model).__name__} has no mlp.down_proj, so no neurons to score: "
+                "choose a model whose MLP is built as Llama's is"
             )
         handles.append(down.register_forward_pre_hook(hook(layer)))
     try:

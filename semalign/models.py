@@ -14,6 +14,7 @@ import torch
 import transformers
 from huggingface_hub import errors as hub_errors
 from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -148,7 +149,7 @@ def _hub_trouble(name: str, revision: str) -> Iterator[None]:
         raise ModelUnavailable(
             f"the hub has no model {name}, or it is private: correct the id in the profile, or set HF_TOKEN"
         ) from None
-    except (OSError, hub_errors.HTTPError) as error:
+    except (OSError, ImportError, hub_errors.HTTPError) as error:  # a proxy can need a package that is not there
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise ModelUnavailable(f"no space left for {name}: free some, or set HF_HOME to a larger disk") from None
         if isinstance(error, hub_errors.LocalEntryNotFoundError | ConnectionError):
@@ -163,7 +164,33 @@ def _folder(path: str) -> _Opened:
     if not Path(path, "config.json").is_file():
         missing = "holds no config.json" if Path(path).is_dir() else "does not exist"
         raise ModelUnavailable(f"the model folder {path} {missing}: give the folder that save_pretrained wrote")
-    return _pretrained(path, path)
+    with _folder_trouble(path):
+        opened = _pretrained(path, path)
+
+    def load(dtype: torch.dtype) -> PreTrainedModel:
+        with _folder_trouble(path):
+            return opened.load(dtype)
+
+    return _Opened(path, opened.tokenizer, opened.rows, load)
+
+
+@contextmanager
+def _folder_trouble(path: str) -> Iterator[None]:
+    """Turn what the readers of a folder raise, on several lines and without its name, into one sentence."""
+    try:
+        yield
+    except ModelUnavailable:
+        raise
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        names = {file.name for file in Path(path).iterdir()}
+        if not names & {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"}:
+            raise ModelUnavailable(
+                f"the model folder {path} holds no tokenizer: write it there too, by the tokenizer's save_pretrained"
+            ) from None
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
+        raise ModelUnavailable(
+            f"the model folder {path} cannot be read ({reason}): write it anew by save_pretrained, model and tokenizer"
+        ) from None
 
 
 def _pico(id: str) -> _Opened:

@@ -75,7 +75,7 @@ def random_pairs(n_teacher: int, n_student: int, seed: int = 0) -> list[int]:
 
 def _similarity(similarity: Tensor) -> Tensor:
     if similarity.dim() != 2 or 0 in similarity.shape or not similarity.isfinite().all():
-        raise ValueError(f"a similarity matrix is (L_T, L_S) and finite, got shape {tuple(similarity.shape)}")
+        raise ValueError(f"a similarity matrix must be (L_T, L_S) and finite, got shape {tuple(similarity.shape)}")
     return similarity.detach().cpu().double()
 
 

@@ -67,6 +67,14 @@ def pico_names() -> list[str]:
     return sorted(path.parent.name for path in (PACKAGE / "classroom" / "weights").glob("*/config.json"))
 
 
+@functools.cache
+def classroom_sizes() -> dict[str, int]:
+    """The most items that a subject of the classroom has, by split; read from the source, as :func:`declared`."""
+    tree = ast.parse((PACKAGE / "classroom" / "corpora.py").read_text(encoding="utf-8"))
+    found = next(value for target, value in map(assignment, tree.body) if target == "SIZES" and value is not None)
+    return dict(ast.literal_eval(found))
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -217,7 +225,7 @@ class Profile(TrialSettings):
     @classmethod
     def _different(cls, values: list[Any]) -> list[Any]:
         if len(set(values)) < len(values):
-            raise ValueError(f"{values} names one of them twice")
+            raise ValueError(f"{values} names one of them twice: take one out")
         return values
 
     @pydantic.model_validator(mode="after")
@@ -234,6 +242,10 @@ class Profile(TrialSettings):
         for key in ("search", "regimes"):
             for at, task in enumerate(getattr(self, key).tasks):
                 _one_of(task, self.tasks, f"{key}.tasks.{at}")
+        if self.data == "classroom":
+            for split, most in classroom_sizes().items():
+                if (asked := getattr(self.sizes, split) or 0) > most:
+                    raise ValueError(f"sizes.{split}: {asked} is more than the {most} that the classroom has: lower it")
         if self.kin_teachers and len(self.kin_teachers) != 1 + len(self.siblings):
             students = 1 + len(self.siblings)
             raise ValueError(
@@ -288,9 +300,11 @@ def load_profile(name_or_path: str | Path, folder: Path = FOLDER, **changes: Any
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _NoRepeats)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ProfileError(f"profile {path.name} is not yaml: {' '.join(str(error).split())}") from None
+        raise ProfileError(f"correct profile {path.name}, which is not yaml: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise ProfileError(f"profile {path.name}: the file holds {type(content).__name__} and no keys with values")
+        raise ProfileError(
+            f"profile {path.name}: the file must hold keys with values, and holds {type(content).__name__}"
+        )
     if "name" in content:
         raise ProfileError(f"profile {path.name}: the name is the file's: take the key 'name' out")
     content = _merged(content, changes)
@@ -340,9 +354,14 @@ def _merged(content: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
 
 def _unknown(asked: str, path: Path) -> str:
     if path.parent != FOLDER and Path(asked).suffix:
-        return f"there is no profile file {asked}"
+        return f"there is no profile file {asked}: correct the path"
     names = sorted(p.stem for p in path.parent.glob("*.yaml"))
-    return f"there is no profile {asked!r}{_nearest(asked, names)}; there are: {', '.join(names) or 'none'}"
+    if not names:
+        return (
+            f"there is no profile {asked!r}, nor any other in {path.parent}: install the package from its folder by "
+            "pip install -e ., or give a yaml file"
+        )
+    return f"there is no profile {asked!r}{_nearest(asked, names)}; there are: {', '.join(names)}"
 
 
 def _nearest(word: str, words: Iterable[str]) -> str:
@@ -372,7 +391,7 @@ def _sentence(error: pydantic.ValidationError, root: Any) -> str:
         valid = [name for name in model.model_fields if name != "name"]
         return f"unknown key {where!r}{_nearest(str(first['loc'][-1]), valid)}; valid: {', '.join(valid)}"
     if first["type"] == "missing":
-        return f"{where} is missing"
+        return f"{where} is missing: add it"
     if first["type"] == "value_error":
         said = str(first["ctx"]["error"])
         return f"{where}: {said}" if where else said

@@ -68,7 +68,8 @@ def _head(weight: Tensor, gain: Tensor | None, name: str) -> _Head:
         raise ValueError(f"the {name} must be a floating point matrix (m, D), got {weight.dtype} {tuple(weight.shape)}")
     if gain is not None and gain.shape != weight.shape[1:]:
         raise ValueError(
-            f"the gain of the {name} has shape {tuple(gain.shape)}, but the {name} is {weight.shape[1]} wide"
+            f"the gain of the {name} has shape {tuple(gain.shape)}, but the {name} is {weight.shape[1]} wide: give the "
+            "gain of its own norm"
         )
     weight, gain = weight.detach(), None if gain is None else gain.detach().to(weight.device)
     mean = weight.new_zeros(weight.shape[1], dtype=torch.float64)
@@ -290,7 +291,9 @@ def semantic_map(
         order = torch.randperm(len(teacher_head), generator=torch.Generator().manual_seed(seed))
         teacher_head, kind = teacher_head[order.to(teacher_head.device)], control_of
     if frequency is not None and kind not in ("logit", "logit_centred"):
-        raise ValueError(f"frequency weighs the tokens of logit and logit_centred; {kind} has no use for it")
+        raise ValueError(
+            f"frequency weighs the tokens of logit and logit_centred: drop it, as {kind} has no use for it"
+        )
     teacher = _head(teacher_head, teacher_gain, "teacher head")
     student = _head(student_head, student_gain, "student head")
     if kind == "paper":
@@ -320,7 +323,10 @@ def hidden_map(teacher_hidden: Tensor, student_hidden: Tensor, *, ridge: float =
         ValueError: states of different numbers of tokens, or with entries that are not finite.
     """
     if len(teacher_hidden) != len(student_hidden):
-        raise ValueError(f"{len(teacher_hidden)} teacher and {len(student_hidden)} student states do not form pairs")
+        raise ValueError(
+            f"{len(teacher_hidden)} teacher and {len(student_hidden)} student states do not form pairs: give one of "
+            "each a token"
+        )
     teacher, student = _head(teacher_hidden, None, "teacher states"), _head(student_hidden, None, "student states")
     gram = _gram(teacher, ridge)
     return gram.solve(_cross(teacher, student, gram.dtype)).T.to(_out_dtype(teacher_hidden, student_hidden))

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from semalign.lm.examples import Encoded, by_length, collate, supervised
 from semalign.lm.files import locked, reserve
-from semalign.lm.hooks import POINTS, SUBLAYERS, capture, check_sublayers, logits_of, skip_layers
+from semalign.lm.hooks import POINTS, SUBLAYERS, capture, check_head, check_sublayers, logits_of, skip_layers
 from semalign.lm.parts import Model, decoder, decoder_layers, fingerprint
 
 VERSION = 2
@@ -86,7 +86,10 @@ class SupervisionCache:
         depth = 0 if teacher is None else len(decoder_layers(teacher))
         for source in sources:
             if source.point not in POINTS or not 1 <= source.low <= source.high <= depth:
-                raise ValueError(f"{source} is not in a teacher of {depth} layers with points {', '.join(POINTS)}")
+                raise ValueError(
+                    f"{source} is not in a teacher of {depth} layers: choose one of them and a point of "
+                    f"{', '.join(POINTS)}"
+                )
         key = _key(teacher, data, sources, matrix, dtype, top_k, vocabulary if top_k else None)
         root = Path(root)
         root.mkdir(parents=True, exist_ok=True)
@@ -199,6 +202,8 @@ def _fill(
     teacher.eval()
     if any(point in SUBLAYERS for _, point in taps):
         check_sublayers(teacher, last)
+    if "tail" in arrays:
+        check_head(teacher)
     with skip_layers(teacher, range(last + 1, len(decoder_layers(teacher)) + 1)), capture(teacher, taps) as seen:
         for examples in by_length(data, batch_tokens):
             batch = collate([data[i] for i in examples], 0, device)

@@ -476,6 +476,18 @@ def test_refuses_what_it_cannot_do(changes: dict[str, Any], message: str) -> Non
         transfer(make_pair(), task(), settings(**changes))
 
 
+def test_adapters_that_a_library_refuses_are_refused_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_arguments: object) -> None:
+        raise ValueError("up_proj is fused with gate_proj.\nMore of it.")
+
+    monkeypatch.setattr(loop, "get_peft_model", refuses)
+    said = (
+        r"^lora_targets=.* cannot be adapted in a LlamaForC\w+ \(up_proj is .* gate_proj\): choose others, or trained"
+    )
+    with pytest.raises(ValueError, match=said):
+        loop._attach(tiny_llama(), (2,), TransferConfig())
+
+
 def test_refuses_a_task_without_training_examples() -> None:
     with pytest.raises(ValueError, match="task empty has no training examples"):
         transfer(make_pair(), TaskData("empty", ()), settings())

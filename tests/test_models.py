@@ -202,6 +202,27 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
         load_model({"source": "folder", "path": str(tmp_path)})
 
 
+def test_a_damaged_folder_is_refused_in_one_sentence_with_its_name(tmp_path: Path) -> None:
+    def refusal() -> str:
+        with pytest.raises(ModelUnavailable) as refused:
+            load_model(source, device="cpu")
+        said = str(refused.value)
+        assert said.startswith(f"the model folder {tmp_path} ") and "\n" not in said
+        return said
+
+    source = folder_source(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"123")
+    assert "cannot be read (" in refusal()
+    (tmp_path / "model.safetensors").unlink()
+    assert "cannot be read (" in refusal()
+    (tmp_path / "config.json").write_text('{"model_type": "nosuch"}')
+    assert refusal().endswith("write it anew by save_pretrained, model and tokenizer")
+    folder_source(tmp_path)
+    for path in tmp_path.glob("tokenizer*"):
+        path.unlink()
+    assert "holds no tokenizer: write it there too" in refusal()
+
+
 def test_a_folder_that_lacks_weights_is_refused_not_filled_up(tmp_path: Path) -> None:
     source = folder_source(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
@@ -309,6 +330,7 @@ def test_a_hub_out_of_reach_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> 
         (OSError("a shard is missing\nlong story"), r"cannot be read from the hub \(a shard is missing\): copy"),
         (huggingface_hub.errors.HTTPError("timed out"), r"cannot be read from the hub \(timed out\)"),
         (ConnectionResetError("reset"), "the hub cannot be reached"),
+        (ImportError("Using SOCKS proxy, but the 'socksio' package is not installed"), r"from the hub \(Using SOCKS"),
     ],
 )
 def test_trouble_on_the_way_is_one_sentence(error: Exception, said: str) -> None:

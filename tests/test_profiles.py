@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from semalign.benchmarks import PROTOCOLS
+from semalign.classroom import corpora
 from semalign.methods import REGISTRY
-from semalign.profiles import FOLDER, Hub, Packaged, ProfileError, declared, load_profile
+from semalign.profiles import FOLDER, Hub, Packaged, ProfileError, classroom_sizes, declared, load_profile
 
 NAMES = ["classroom", "classroom-full", "codellama", "llama2", "olmo2", "qwen3", "smoke", "smollm2", "wizardcoder"]
 STUDENT = {"source": "packaged", "id": "smollm2-135m-instruct"}
@@ -86,6 +87,16 @@ def test_a_model_folder_counts_from_the_profile(tmp_path: Path) -> None:
     assert profile.teacher.path == str(tmp_path / "models" / "big")  # type: ignore[union-attr]
 
 
+def test_an_installation_without_profiles_says_how_to_install(tmp_path: Path) -> None:
+    with pytest.raises(ProfileError, match=r"'classroom', nor any other in .*: install .* pip install -e \., or give"):
+        load_profile("classroom", folder=tmp_path)
+
+
+def test_the_classroom_has_as_many_items_as_profiles_are_told() -> None:
+    assert classroom_sizes() == corpora.SIZES
+    load_profile("classroom", sizes=corpora.SIZES)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -102,7 +113,7 @@ def test_a_model_folder_counts_from_the_profile(tmp_path: Path) -> None:
         ({"zzz": 1}, "unknown key 'zzz'; valid: "),
         ({"name": "other"}, "the name is the file's: take the key 'name' out"),
         ({"teacher": {"id": "x"}}, "teacher: source is missing; it is one of hub, "),
-        ({"teacher": {"source": "hub", "id": "a/b"}}, "teacher.revision is missing"),
+        ({"teacher": {"source": "hub", "id": "a/b"}}, "teacher.revision is missing: add it"),
         ({"teacher": {"source": "hubb"}}, "teacher.source: 'hubb' is not one of hub, folder"),
         ({"teacher": {"source": "pico", "id": "pico-k"}}, "teacher.id: 'pico-k' is not one of "),
         ({"seeds": 3}, "seeds: 3 is refused: input should be a valid list"),
@@ -120,6 +131,10 @@ def test_a_model_folder_counts_from_the_profile(tmp_path: Path) -> None:
         ({"allow_code_execution": "no"}, "allow_code_execution: 'no' is refused: input should be a valid boolean"),
         ({"layer": 0}, "layer: 0 is refused: input should be greater than or equal to 1"),
         ({"device": "gpu"}, "device: 'gpu' is refused: string should match pattern"),
+        (
+            {"data": "classroom", "sizes": {"train": 1_000_000}},
+            "sizes.train: 1000000 is more than the 1000 that the classroom has: lower it",
+        ),
     ],
 )
 def test_a_wrong_profile_is_refused_in_one_sentence(tmp_path: Path, changes: dict[str, object], said: str) -> None:
@@ -132,7 +147,7 @@ def test_an_unknown_profile_lists_the_known_ones() -> None:
     assert (
         str(caught.value) == f"there is no profile 'clasroom', did you mean 'classroom'?; there are: {', '.join(NAMES)}"
     )
-    with pytest.raises(ProfileError, match=r"^there is no profile file absent/mine.yaml$"):
+    with pytest.raises(ProfileError, match=r"^there is no profile file absent/mine.yaml: correct the path$"):
         load_profile("absent/mine.yaml")
 
 
@@ -140,7 +155,7 @@ def test_an_unknown_profile_lists_the_known_ones() -> None:
 def test_a_file_that_is_no_profile(tmp_path: Path, text: str) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(text)
-    with pytest.raises(ProfileError, match=r"^profile mine\.yaml(: the file holds| is not yaml: )"):
+    with pytest.raises(ProfileError, match=r"^(correct )?profile mine\.yaml(: the file must|, which is not)"):
         load_profile(path)
 
 

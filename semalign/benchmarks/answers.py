@@ -75,7 +75,7 @@ def judged(task: str, doc: dict[str, Any], generation: str) -> Task:
 
     row = benchmark(task)
     if row.solution is None or row.tests is None:
-        raise ValueError(f"the answers of {task} are not programs")
+        raise ValueError(f"the answers of {task} are not programs: judge them by its own row")
     code, tests = row.solution(doc, code_of(generation)), "\n".join(row.tests(doc))
     return Task(
         solution=code, tests=tests, head=row.head(doc) if row.head else "", inside=bool(row.inside and row.inside(doc)),
@@ -87,5 +87,5 @@ def judged(task: str, doc: dict[str, Any], generation: str) -> Task:
 def pass_at_k(n: int, correct: int, k: int) -> float:
     """The unbiased estimate of pass@k from ``correct`` of ``n`` samples: 1 - C(n-c, k) / C(n, k) (arXiv 2107.03374)."""
     if not 1 <= k <= n:
-        raise ValueError(f"pass@{k} needs at least {k} samples, there are {n}")
+        raise ValueError(f"pass@{k} needs at least {k} samples, there are {n}: draw more, or choose a smaller k")
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)

@@ -40,13 +40,13 @@ def load_items(task: str, source: str | Path | Sequence[Row] | None = None, spli
     elif str(source) == "hub" and asked.hub is not None:
         where, given = f"{asked.hub[0]} on the hub", _from_hub(asked.hub, split)
     elif asked.read is None:
-        raise DataError(f"{task} is read from rows in memory alone")
+        raise DataError(f"{task} is read from rows in memory alone: give them as its source")
     else:
         where, given = asked.read(None if str(source) == "hub" else folder_of(source), split)
     rows = []
     for i, row in enumerate(given):
         if not isinstance(row, dict):
-            raise DataError(f"{where}: question {i + 1} is {type(row).__name__} and not a row of named fields")
+            raise DataError(f"{where}: question {i + 1} is {type(row).__name__} and must be a row of named fields")
         row = dict(row)
         wrong = typed(row, asked.fields, asked.optional)
         if not wrong and asked.check is not None:
@@ -59,7 +59,7 @@ def load_items(task: str, source: str | Path | Sequence[Row] | None = None, spli
         row["id"] = str(row.get("task_id", row.get("id", i)))
         rows.append(row)
     if not rows:
-        raise DataError(f"{where}: the split {split!r} of {task} is empty")
+        raise DataError(f"{where}: the split {split!r} of {task} is empty: check SEMALIGN_DATA")
     return rows
 
 
@@ -99,7 +99,10 @@ def task_data(task: str, source: str | Path | None = None, seed: int = 0) -> Tas
     pool = [row for part in parts for row in load_items(lender, source, part)]
     random.Random(f"{task} {seed}").shuffle(pool)
     if len(pool) < 2 * len(asked.sizes):
-        raise DataError(f"{source}: {' and '.join(parts)} of {lender} hold {len(pool)} questions, too few to deal out")
+        raise DataError(
+            f"{source}: {' and '.join(parts)} of {lender} hold {len(pool)} questions, too few to deal out: give at "
+            f"least {2 * len(asked.sizes)}"
+        )
     cut: dict[str, tuple[Example, ...]] = {}
     start = 0
     for name, size in asked.sizes.items():
@@ -172,7 +175,7 @@ def _from_laten(task: str, folder: Path, seed: int) -> TaskData:
     if split("validation").is_file():
         return TaskData(task, train, align, extract, _chat_examples(split("validation")))
     if len(train) < 2:
-        raise DataError(f"{split('train')} holds 1 example, too few to keep one of them to validate on")
+        raise DataError(f"{split('train')} holds 1 example, too few to validate on one of them: give more")
     watched = set(random.Random(f"{task} {seed}").sample(range(len(train)), max(1, len(train) // WATCHED)))
     kept = tuple(example for i, example in enumerate(train) if i not in watched)
     return TaskData(task, kept, align, extract, tuple(train[i] for i in sorted(watched)))
@@ -189,5 +192,5 @@ def _chat_examples(path: Path) -> tuple[Example, ...]:
             raise DataError(f"{path}: example {number} needs messages with one user and one assistant turn")
         read.append(Example(wrap(user), assistant))
     if not read:
-        raise DataError(f"{path} holds no example")
+        raise DataError(f"{path} holds no example: give at least one")
     return tuple(read)

@@ -49,7 +49,7 @@ class SharedPrefixLM(HFLM):
         if ids and max(ids) >= self._vocabulary:
             raise ValueError(
                 f"the tokenizer writes token {max(ids)} and the model has {self._vocabulary}: they belong to different "
-                "models, or the model's embeddings have to be resized"
+                "models, so take one model's both, or resize its embeddings"
             )
         return ids
 

@@ -68,9 +68,9 @@ def read_jsonl(path: Path) -> list[Row]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}:{number} is not JSON: {error}") from None
+            raise DataError(f"{path}:{number} is not JSON ({error}): write one object a line") from None
         if not isinstance(row, dict):
-            raise DataError(f"{path}:{number} is not a JSON object")
+            raise DataError(f"{path}:{number} is not a JSON object: write one object a line")
         rows.append(row)
     return rows
 

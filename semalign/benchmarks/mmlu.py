@@ -97,7 +97,7 @@ def _read_subject(path: Path, subject: str) -> list[Row]:
                 "choices": [record[f"choice{i}"] for i in range(4)], "answer": _ANSWERS[answer],
             })  # fmt: skip
     except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num} is not csv: {error}") from None
+        raise DataError(f"{path}:{reader.line_num} is not csv ({error}): correct the line") from None
     return rows
 
 

@@ -5,4 +5,7 @@ import sys
 from semalign.classroom.make import main
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except (ValueError, RuntimeError, OSError) as error:
+        sys.exit(f"semalign: {error}")

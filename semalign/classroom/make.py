@@ -20,7 +20,7 @@ from semalign.benchmarks.gsm8k import gold
 from semalign.classroom import corpora
 from semalign.classroom.family import NAMES, STUDENTS, WEIGHTS, checksum, load_pico, load_tokenizer, read_pico
 from semalign.classroom.training import Recipe, build, held_out_loss, train, train_tokenizer, validation_windows
-from semalign.lm.files import write_text
+from semalign.lm.files import locked, write_text
 from semalign.methods import REGISTRY
 from semalign.models import Pair
 from semalign.training.config import TransferConfig
@@ -94,7 +94,19 @@ def make(name: str, folder: Path, work: Path, device: str = "cpu") -> None:
     """Train one model from its recipe, or go on where a killed run stopped, and save it to ``folder/NAME`` as float16.
 
     ``work`` holds checkpoints. A model that ``folder`` has is left as it is; a fine-tuned one needs its base there.
+
+    Raises:
+        ValueError: there is no such recipe, or the base is missing.
+        RuntimeError: another process is making a model in ``folder``.
     """
+    if name not in RECIPES:
+        raise ValueError(f"there is no recipe {name!r}: the names are {', '.join(RECIPES)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder, wait=False):
+        _make(name, folder, work, device)
+
+
+def _make(name: str, folder: Path, work: Path, device: str) -> None:
     recipe, tokenizer = RECIPES[name], make_tokenizer(folder)
     if _published(folder / name, "training.json"):
         return

@@ -23,8 +23,20 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """The same for a file that is no text. What killed processes of this machine left half written is removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """The same for a file that is no text. What killed processes of this machine left half written is removed.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written; the message names the file.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(path, content)
+    except OSError as error:
+        said = error.strerror or error
+        raise type(error)(f"{path} cannot be written ({said}): make room, or choose another folder") from None
+
+
+def _write(path: Path, content: bytes) -> None:
     host = socket.gethostname()
     for stale in path.parent.glob(f".{path.name}.{host}-*"):
         if not _alive(stale.name.rpartition("-")[2]):
@@ -69,7 +81,7 @@ def read_json(path: Path) -> dict[str, Any]:
         if not isinstance(content, dict) or content.pop(SUM, None) != _sum_of(content):
             raise ValueError("its checksum differs")
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error})") from None
+        raise ValueError(f"{path} is damaged ({error}): delete it, and it is made again") from None
     return content
 
 
@@ -110,14 +122,20 @@ def reserve(descriptor: int, size: int) -> None:
 
 
 @contextmanager
-def locked(root: Path) -> Iterator[None]:
+def locked(root: Path, *, wait: bool = True) -> Iterator[None]:
     """One builder at a time in this folder; the system drops the lock of a process that dies.
 
     The lock is on a file that can be written: on shared file systems one on a folder holds on one host alone.
+
+    Raises:
+        RuntimeError: another process has it, and this one is not to ``wait``.
     """
     handle = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise RuntimeError(f"another process is writing to {root}: wait for it to end, or stop it") from None
         yield
     finally:
         os.close(handle)

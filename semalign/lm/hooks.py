@@ -17,7 +17,33 @@ POINTS = ("stream", "residual", "mlp", "attention")
 SUBLAYERS = ("mlp", "attention")
 """The points inside a layer."""
 _CHECKED: weakref.WeakKeyDictionary[Model, int] = weakref.WeakKeyDictionary()  # how many of its layers
-_TUPLES: dict[type, bool] = {}  # by class of layer: whether it returns its output first in a tuple
+_HEADS: weakref.WeakSet[Model] = weakref.WeakSet()  # whose logits are known to be their head on their final states
+_TUPLES: dict[type, int] = {}  # by class of layer: how many things it returns in a tuple, its output first; 0: no tuple
+
+
+class _Seen(dict[tuple[int, str], Tensor]):
+    """What was recorded; what was not is refused by name."""
+
+    def __init__(self, architecture: str) -> None:
+        self.architecture = architecture
+
+    def __missing__(self, tap: tuple[int, str]) -> Tensor:
+        layer, point = tap
+        raise ValueError(
+            f"the {point} of layer {layer} of a {self.architecture} was not computed in a forward pass: choose a model "
+            "that runs each of its layers once"
+        )
+
+
+def _received(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The states that a layer is called with."""
+    states: Any = args[0] if args else kwargs.get("hidden_states")
+    if not isinstance(states, Tensor):
+        raise ValueError(
+            f"a {type(layer).__name__} is not called with its hidden states first: choose a model whose layers pass "
+            "one stream of states on"
+        )
+    return states
 
 
 @contextmanager
@@ -29,18 +55,27 @@ def capture(
     Points are ``stream`` (the layer's output), ``residual`` (output minus input), ``mlp`` and ``attention`` (what the
     sublayer adds to the stream), and ``input`` (what the layer receives). Granite multiplies a sublayer's output before
     it adds it; ``raw`` records the output itself, on which the loss depends.
+
+    Raises:
+        ValueError: inside, where a layer hands on something else than one stream of states, or does not run.
     """
-    seen: dict[tuple[int, str], Tensor] = {}
+    seen = _Seen(type(model).__name__)
     handles = []
 
     def tap(layer: int, point: str) -> Any:
         inside = point in SUBLAYERS and not raw
         factor: Any = getattr(decoder_layers(model)[layer - 1], "residual_multiplier", 1.0) if inside else 1.0
 
-        def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             value = output[0] if isinstance(output, tuple) else output
+            if not isinstance(value, Tensor) or value.dim() != 3:
+                shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(
+                    f"layer {layer} of a {type(model).__name__} gives {shape} at {point} and no states (B, T, D): "
+                    "choose a model whose layers pass one stream of states on"
+                )
             if point in ("input", "residual"):
-                received = args[0] if args else kwargs["hidden_states"]
+                received = _received(module, args, kwargs)
                 value = received if point == "input" else value - received
             seen[layer, point] = value if factor == 1.0 else value * factor
 
@@ -89,22 +124,23 @@ def check_sublayers(model: Model, last: int | None = None) -> None:
     _CHECKED[model] = last
 
 
-def _returns_tuple(model: Model) -> bool:
-    """Whether a layer of this class (GPT-Neo's, Bloom's) returns its output in a tuple; asked by one token, once."""
+def _returned(model: Model) -> int:
+    """How many things a layer of this class returns in a tuple (GPT-Neo's, Bloom's), or 0; asked by one token, once."""
     layer = decoder_layers(model)[0]
 
     class Answered(Exception):
         pass
 
     def stop(_module: nn.Module, _args: Any, output: Any) -> None:
-        _TUPLES[type(layer)] = isinstance(output, tuple)
+        _TUPLES[type(layer)] = len(output) if isinstance(output, tuple) else 0
         raise Answered
 
     if type(layer) not in _TUPLES:
         handle = layer.register_forward_hook(stop)
         try:
             with torch.no_grad():
-                decoder(model)(torch.ones(1, 1, dtype=torch.long, device=next(model.parameters()).device))
+                one = torch.ones(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+                decoder(model)(one, use_cache=False)
         except Answered:
             pass
         finally:
@@ -117,9 +153,17 @@ def skip_layers(model: Model, numbers: Iterable[int]) -> Iterator[None]:
     """Inside, the given layers hand their input on unchanged and cost nothing; the decoder's own code runs as ever."""
     layers = decoder_layers(model)
     skipped = [(layers[n - 1], layers[n - 1].__dict__.get("forward")) for n in numbers]
-    in_tuple = bool(skipped) and _returns_tuple(model)
+    in_tuple = _returned(model) if skipped else 0
+
+    def unchanged(layer: nn.Module) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            states = _received(layer, args, kwargs)
+            return (states, *[None] * (in_tuple - 1)) if in_tuple else states
+
+        return forward
+
     for layer, _ in skipped:
-        layer.forward = lambda hidden_states, *_args, **_kwargs: (hidden_states, None) if in_tuple else hidden_states
+        layer.forward = unchanged(layer)
     try:
         yield
     finally:
@@ -142,6 +186,28 @@ def head_logits(head: nn.Module, config: Any, final: Tensor) -> Tensor:
     return cap * torch.tanh(z / cap) if cap else z
 
 
+@torch.no_grad()
+def check_head(model: Model) -> None:
+    """Refuse a model in eval mode whose logits are not what :func:`logits_of` makes of its final states, once a model.
+
+    Raises:
+        ValueError: something stands between the decoder and the logits that is not known here.
+    """
+    if model in _HEADS:
+        return
+    device = next(model.parameters()).device
+    ids = torch.arange(1, 9, device=device)[None] % model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    final = decoder(model)(ids, use_cache=False).last_hidden_state[0]
+    wanted = model(input_ids=ids, use_cache=False).logits[0].float()
+    got = logits_of(model, final)
+    if got.shape != wanted.shape or (got - wanted).norm() > 0.02 * wanted.norm():  # not finite is another's to name
+        raise ValueError(
+            f"the logits of a {type(model).__name__} are not its head on its decoder's states: choose a model in which "
+            "nothing but a scale or a soft cap stands between the two"
+        )
+    _HEADS.add(model)
+
+
 @contextmanager
 def partial_decoder(model: Model, first: int, last: int) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
     """A function (hidden, attention_mask) -> final states that runs layers first..last on layer ``first``'s input.
@@ -152,7 +218,8 @@ def partial_decoder(model: Model, first: int, last: int) -> Iterator[Callable[[T
     layers = decoder_layers(model)
     feed: list[Tensor] = []
 
-    def inject(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    def inject(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        _received(module, args, kwargs)
         return ((feed[0], *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": feed[0]})
 
     def forward(hidden: Tensor, attention_mask: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ Model = nn.Module
 
 def decoder(model: Model) -> Model:
     """The stack without the head: what maps token ids to normalised final states."""
-    return model.get_decoder() if hasattr(model, "get_decoder") else model.base_model  # type: ignore[operator, return-value]
+    stack: Any = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model  # type: ignore[operator]
+    return getattr(model, "model", stack) if stack is model else stack  # Llama-4's text model takes itself for it
 
 
 def decoder_layers(model: Model) -> nn.ModuleList:
@@ -32,7 +33,10 @@ def decoder_layers(model: Model) -> nn.ModuleList:
         layers = getattr(stack, name, None)
         if isinstance(layers, nn.ModuleList):
             return layers
-    raise ValueError(f"no layer list found in a {type(model).__name__}; known names are layers, h and blocks")
+    raise ValueError(
+        f"no layer list found in a {type(model).__name__}, under none of the names layers, h and blocks: choose a "
+        "model whose decoder is one stack of layers"
+    )
 
 
 POST_NORMS = (
@@ -62,13 +66,26 @@ def sublayers(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
     return attention, mlp
 
 
+FINAL_NORMS = (
+    "norm", "final_layer_norm", "final_layernorm", "final_norm", "ln_f", "norm_f", "layer_norm", "embedding_norm"
+)  # fmt: skip
+"""What the norm after the last layer is called; the last is LFM2's."""
+
+
 def final_norm(model: Model) -> nn.Module:
-    """The norm between the last layer and the head."""
+    """The norm between the last layer and the head.
+
+    Raises:
+        ValueError: the decoder has none under a name that is known here.
+    """
     stack = decoder(model)
-    for name in ("norm", "final_layer_norm", "ln_f"):
+    for name in FINAL_NORMS:
         if isinstance(getattr(stack, name, None), nn.Module):
             return getattr(stack, name)
-    raise ValueError(f"no final norm found in a {type(model).__name__}")
+    raise ValueError(
+        f"no final norm found in a {type(model).__name__}, under none of the names {', '.join(FINAL_NORMS)}: choose a "
+        "model that has one before its head"
+    )
 
 
 def norm_gain(model: Model) -> Tensor:
@@ -91,8 +108,15 @@ def norm_gain(model: Model) -> Tensor:
 
 
 def head_weight(model: Model) -> Tensor:
-    """The LM head W (m, D), detached; the embedding matrix where the two are tied."""
-    return model.get_output_embeddings().weight.detach()  # type: ignore[operator]
+    """The LM head W (m, D), detached; the embedding matrix where the two are tied.
+
+    Raises:
+        ValueError: the head is no single matrix.
+    """
+    weight = getattr(model.get_output_embeddings(), "weight", None)  # type: ignore[operator]
+    if weight is None or weight.dim() != 2:
+        raise ValueError(f"the head of a {type(model).__name__} is no matrix (m, D): choose a model with a linear head")
+    return weight.detach()
 
 
 def embedding_weight(model: Model) -> Tensor:

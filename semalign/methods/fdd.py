@@ -52,7 +52,9 @@ def transfer(
         DivergedError: as :func:`semalign.alignment.transfer`.
     """
     if paired_layers < 1:
-        raise ValueError(f"paired_layers={paired_layers}: FDD compares at least one layer of each model")
+        raise ValueError(
+            f"paired_layers={paired_layers}: FDD compares at least one layer of each model, so choose 1 or more"
+        )
     start = time.perf_counter()
     config = replace(
         config or TransferConfig(), layers="all", teacher_layers=None, interface="stream", schedule="joint",

@@ -402,7 +402,7 @@ def planned(pair: Pair, data: TaskData, config: TransferConfig, steps: int | Non
     if not data.extract or not data.align or items < 1 or (steps is not None and steps < 1):
         raise ValueError(
             f"LaTen locates by extract examples and trains on align examples too: task {data.name} has "
-            f"{len(data.extract)} and {len(data.align)}; items={items} and steps={steps} count from 1"
+            f"{len(data.extract)} and {len(data.align)}; give both, and items={items} and steps={steps} count from 1"
         )
     extract, train = (fitting(pair.tokenizer, s, max_length=config.max_length) for s in (data.extract, data.train))
     rng, steps = random.Random(config.seed), steps or len(extract)

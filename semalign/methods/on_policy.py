@@ -85,7 +85,7 @@ def train_on_policy(
         DivergedError: as :func:`semalign.alignment.transfer`.
     """
     if not data.train:
-        raise ValueError(f"task {data.name} has no training examples: transfer needs at least one")
+        raise ValueError(f"task {data.name} has no training examples: give it at least one")
     start, config = time.perf_counter(), replace(config, schedule="joint", trained="lora", **judged)
     learned: dict[str, Tensor] = {}
     log: list[dict[str, Any]] = []

@@ -182,7 +182,9 @@ def best_window(scores: Tensor, shape: tuple[int, int]) -> tuple[int, int]:
     """
     n, m = shape
     if not (1 <= n <= scores.shape[0] and 1 <= m <= scores.shape[1]):
-        raise ValueError(f"a matrix of shape {tuple(scores.shape)} has no window of shape {(n, m)}")
+        raise ValueError(
+            f"a matrix of shape {tuple(scores.shape)} has no window of shape {(n, m)}: choose a smaller one"
+        )
     table = scores.new_zeros((scores.shape[0] + 1, scores.shape[1] + 1), dtype=torch.float64)
     table[1:, 1:] = scores
     table.cumsum_(0).cumsum_(1)
@@ -202,7 +204,9 @@ def to_lora(block: Tensor, rank: int, split: str = "all_on_B") -> tuple[Tensor, 
     """
     _known("split", split, SPLITS)
     if not 1 <= rank <= min(block.shape):
-        raise ValueError(f"rank {rank} is not between 1 and {min(block.shape)}, the most of shape {tuple(block.shape)}")
+        raise ValueError(
+            f"rank {rank} must be between 1 and {min(block.shape)}, the most of shape {tuple(block.shape)}"
+        )
     block = block.detach().float()
     if min(block.shape) <= EXACT:
         u, s, vh = torch.linalg.svd(block, full_matrices=False)

@@ -148,11 +148,32 @@ def too_few(p: Profile) -> str:
     return f"profile {p.name}: {said}" if said else ""
 
 
+def check_writable(folder: Path) -> None:
+    """Refuse a folder of results that cannot be written, before a run is planned over it.
+
+    Raises:
+        RuntimeError: it is a file, or somebody else's; the message names the owner.
+    """
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    if not place.is_dir():
+        raise RuntimeError(f"{place} is a file: choose another folder for the results")
+    if not os.access(place, os.W_OK | os.X_OK):
+        try:
+            owner = place.owner()
+        except KeyError:  # a number without an entry, as in containers
+            owner = f"user {place.stat().st_uid}"
+        raise RuntimeError(
+            f"{place} belongs to {owner} and cannot be written: have it given to you (chown), or choose another folder "
+            "with RESULTS=folder"
+        )
+
+
 def run(profile: str, cores: str, until: str, results: Path | None = None) -> int:
     """Call Snakemake for one profile and print where the book is.
 
     Raises:
         ProfileError: the profile is unknown or malformed, or asks for programs and does not allow them.
+        RuntimeError: the results cannot be written.
     """
     p = load_profile(profile)
     preflight(p)
@@ -161,6 +182,7 @@ def run(profile: str, cores: str, until: str, results: Path | None = None) -> in
     if Path(profile).suffix in (".yaml", ".yml"):
         profile = str(Path(profile).expanduser().resolve())
     folder = (results or ROOT / "results" / p.name).resolve()
+    check_writable(folder)
     command = [
         sys.executable, "-m", "snakemake", until, "--snakefile", str(ROOT / "Snakefile"), "--directory", str(ROOT),
         "--cores", cores, "--resources", "gpu=1", "--nolock", "--rerun-incomplete",
@@ -177,13 +199,29 @@ def run(profile: str, cores: str, until: str, results: Path | None = None) -> in
     return code
 
 
+def cores_of(text: str) -> str:
+    """How many cores a run may use, as Snakemake takes it: ``all``, or a number from 1."""
+    if text == "all" or (text.isdecimal() and int(text)):
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of cores: give 1 or more, or all")
+
+
+def said_of(error: Exception) -> str:
+    """An error in one sentence; the system's own, which names a file and no way out, in words."""
+    if not isinstance(error, OSError) or error.filename is None:
+        return str(error)
+    if isinstance(error, FileNotFoundError):
+        return f"{error.filename} is missing: correct the path, or run what makes it"
+    return f"{error.filename} cannot be used ({error.strerror}): correct the path, or choose a folder of your own"
+
+
 def main(argv: list[str] | None = None) -> int:
     """Do what the command line says; what goes wrong is said in one sentence, and the exit status is 1."""
     parser = argparse.ArgumentParser(prog="python -m semalign.pipeline", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     whole = verbs.add_parser("run", help="run a profile's notebooks and build its book")
     whole.add_argument("profile")
-    whole.add_argument("--cores", default="all")
+    whole.add_argument("--cores", default="all", type=cores_of)
     whole.add_argument("--until", default="book", choices=["book", "notebooks"])
     whole.add_argument("--results", type=Path)
     one = verbs.add_parser("notebook", help="run one notebook")
@@ -199,7 +237,7 @@ def main(argv: list[str] | None = None) -> int:
     trial.add_argument("--results", type=Path, required=True)
     tuned = verbs.add_parser("tune", help="choose the methods' hyperparameters on validation examples")
     tuned.add_argument("profile")
-    tuned.add_argument("--cores", type=int, default=os.cpu_count() or 1)
+    tuned.add_argument("--cores", default="all", type=cores_of)
     verbs.add_parser("keep", help="keep a run's numbers").add_argument("profile")
     book = verbs.add_parser("book", help="build the book from executed notebooks")
     book.add_argument("profile")
@@ -217,14 +255,16 @@ def main(argv: list[str] | None = None) -> int:
             run_notebook(given.name, given.profile, given.results.resolve(), given.planned)
         elif given.verb == "trial":
             make_trial(given.profile, given.task, given.method, given.seed, given.results.resolve())
-        elif given.verb in ("tune", "keep"):
-            print(choose(given.profile, given.cores) if given.verb == "tune" else keep(given.profile))
+        elif given.verb == "tune":
+            print(choose(given.profile, (os.cpu_count() or 1) if given.cores == "all" else int(given.cores)))
+        elif given.verb == "keep":
+            print(keep(given.profile))
         else:
             from semalign.pipeline.book import build_book
 
             build_book(given.profile, given.results.resolve())
     except (ValueError, RuntimeError, OSError) as error:
-        print(f"semalign: {error}", file=sys.stderr)
+        print(f"semalign: {said_of(error)}", file=sys.stderr)
         return 1
     return 0
 

@@ -289,7 +289,7 @@ def run_notebook(name: str, profile: str, results: Path, planned: str = "") -> P
             f"or lower eval_batch_size; the part that had run: {target}"
         ) from None
     if not metrics.exists():
-        raise NotebookFailed(f"notebook {name} ran to its end but saved no metrics to {metrics}")
+        raise NotebookFailed(f"notebook {name} saved no metrics to {metrics}: end it with report.save_metrics")
     stamp(metrics, made_from)
     print(f"[{name}] {time.monotonic() - started:6.1f} s  done", flush=True)
     return target

@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from semalign.lm.examples import Encoded, by_length, collate
 from semalign.lm.files import load_tensors, reserve, save_tensors
-from semalign.lm.hooks import capture, partial_decoder, skip_layers
+from semalign.lm.hooks import capture, check_head, partial_decoder, skip_layers
 from semalign.lm.parts import Model, decoder, decoder_layers, head_weight
 from semalign.training.config import DivergedError, TransferConfig
 
@@ -150,6 +150,8 @@ def train(run: Run, folder: Path) -> tuple[list[str], int]:
     run.log, run.tokens = state["log"], state["tokens"]
     student.load_state_dict(state["finished"], strict=False)
     unread = config.output_loss == "none" and not config.label_weight
+    if not unread:
+        check_head(student)
     while state["stage"] < len(stages):
         layers = stages[state["stage"]]
         start = time.perf_counter()
@@ -253,7 +255,10 @@ def _check_inputs(student: Model, example: Encoded, first: int, read: Callable[[
         with partial_decoder(student, first, first) as forward:
             forward(read([0]), torch.ones_like(ids))
         if F.cosine_similarity(whole.float(), seen[first, "stream"].float(), dim=-1).min() < 0.99:
-            raise ValueError(f"{type(student).__name__} is not supported: layers need more than the residual stream")
+            raise ValueError(
+                f"{type(student).__name__} is not supported: layers need more than the residual stream, so choose "
+                "another student"
+            )
 
 
 def _attach(
@@ -281,8 +286,15 @@ def _attach(
         target_modules=targets,
         init_lora_weights=init,
     )
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # peft's, of a transformers name
-        adapted: Any = get_peft_model(student, lora)
+    try:
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # peft's, of a transformers name
+            adapted: Any = get_peft_model(student, lora)
+    except ValueError as error:  # of experts whose matrices are one
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise ValueError(
+            f"lora_targets={config.lora_targets} cannot be adapted in a {type(student).__name__} ({reason}): choose "
+            'others, or trained="layer"'
+        ) from None
     if isinstance(config.adapters, Mapping):
         _start_from({n: student.get_submodule(n) for n in targets}, config.adapters)
     _add_projection(student, config)
@@ -309,7 +321,9 @@ def _check_targets(student: Model, layers: tuple[int, ...], config: TransferConf
         ranks = {name: min(linear[name].weight.shape) for name in config.lora_targets}
         low = min(ranks, key=lambda name: ranks[name])
         if config.adapters == "pissa" and config.lora_rank > ranks[low]:
-            raise ValueError(f"PiSSA has no rank {config.lora_rank} in {low}, whose rank is at most {ranks[low]}")
+            raise ValueError(
+                f"PiSSA has no rank {config.lora_rank} in {low}, whose rank is at most {ranks[low]}: lower lora_rank"
+            )
 
 
 def _add_projection(student: Model, config: TransferConfig) -> None:

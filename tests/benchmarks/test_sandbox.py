@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -362,6 +365,144 @@ def test_bad_limits_are_refused() -> None:
     assert run_programs([]) == []
 
 
-def test_a_kernel_that_hides_positions_leaves_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_that_hides_positions_leaves_the_token_and_this_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "_position", lambda *arguments: None)
-    assert [o.passed for o in run_programs(["x = 1", "assert False", "import os; os._exit(0)"])] == [True, False, False]
+    sandbox._say_token_alone.cache_clear()
+    with pytest.warns(UserWarning, match=r"root without the right to trace: .* a token alone") as said:
+        outcomes = run_programs(["x = 1", "assert False", "import os; os._exit(0)"])
+    assert [o.passed for o in outcomes] == [True, False, False] and len(said) == 1
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_what_was_printed_and_not_flushed_reaches_the_output(tool: str | None) -> None:
+    programs = ["print('seen')\nassert False", "print('seen', end='')\nwhile True: pass", "print('seen')"]
+    outcomes = sandbox._run_all(programs, tool, TIMEOUT, 256, 1)
+    assert all("seen" in o.output for o in outcomes)
+    assert [o.reason for o in outcomes] == ["stopped: AssertionError:", "timed out", "passed"]
+
+
+IN_MEMORY = """
+import os
+held, total = [], 0
+try:
+    while True:
+        held.append(os.memfd_create('x'))
+        try:
+            while True: total += os.write(held[-1], bytes(1 << 20))
+        except OSError: pass
+except OSError: pass
+print(total >> 20)
+"""
+IN_FILES = """
+import os
+total, number = 0, 0
+try:
+    while True:
+        number += 1
+        with open(str(number), 'wb', buffering=0) as file:
+            for _ in range(4): total += file.write(bytes(1 << 20))
+except OSError: pass
+for name in os.listdir('.'): os.remove(name)
+small = 0
+try:
+    while True: os.close(os.open(str(small), os.O_CREAT)); small += 1
+except OSError: pass
+print(total >> 20, small)
+"""
+
+
+@pytest.mark.parametrize("tool", TOOLS[:2])
+def test_memory_in_files_is_bounded_too(tool: str) -> None:
+    hidden, files = sandbox._run_all([IN_MEMORY, IN_FILES if tool == "unshare" else "print(64, 0)"], tool, 20, 256, 1)
+    assert hidden.passed and files.passed, (hidden, files)
+    assert 32 < int(hidden.output) <= sandbox.DESCRIPTORS * sandbox.FILE_BYTES >> 20 == 128
+    kept, number = map(int, files.output.split())
+    assert 60 <= kept <= sandbox.FOLDER_BYTES >> 20 and number < 4096
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[Callable[[str], None]]:
+    """Makes the sandbox use the interpreter in a folder, as if this one had been started from there."""
+    patch = pytest.MonkeyPatch()
+
+    def use(prefix: str) -> None:
+        patch.setattr(sys, "base_prefix", prefix)
+        patch.setattr(sys, "base_exec_prefix", prefix)
+        patch.setattr(sys, "_base_executable", f"{prefix}/bin/{Path(sandbox._python()).name}")
+        sandbox._visible.cache_clear()
+
+    yield use
+    patch.undo()
+    sandbox._visible.cache_clear()
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_an_interpreter_behind_a_symbolic_link_works(
+    tool: str | None, tmp_path: Path, elsewhere: Callable[[str], None]
+) -> None:
+    (tmp_path / "linked").symlink_to(sys.base_prefix)
+    elsewhere(str(tmp_path / "linked"))
+    (outcome,) = sandbox._run_all(["import json, decimal"], tool, 5.0, 256, 1)
+    assert outcome.passed, outcome
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("below", ["/tmp", "/mnt"])
+def test_an_interpreter_where_the_sandbox_has_its_own_folders_works(
+    below: str, tool: str | None, elsewhere: Callable[[str], None]
+) -> None:
+    if not os.access(below, os.W_OK):
+        pytest.skip(f"{below} cannot be written here")
+    prefix = Path(tempfile.mkdtemp(dir=below))
+    try:
+        python, library = Path(sandbox._python()), f"lib/python{sys.version_info[0]}.{sys.version_info[1]}"
+        (prefix / "bin").mkdir()
+        shutil.copy(python, prefix / "bin")
+        left_out = shutil.ignore_patterns("test", "site-packages", "idlelib", "ensurepip", "__pycache__", "config-*")
+        shutil.copytree(Path(sys.base_prefix, library), prefix / library, ignore=left_out)
+        for shared in Path(sys.base_prefix, "lib").glob("libpython*"):
+            shutil.copy(shared, prefix / "lib")
+        elsewhere(str(prefix))
+        programs = [
+            f"import json, sys\nassert sys.executable.startswith({str(prefix)!r})",
+            "open('own', 'w').write('x')",
+        ]
+        outcomes = sandbox._run_all(programs, tool, 5.0, 256, 1)
+        # without a tool nothing can be written
+        assert [o.passed for o in outcomes] == [True, tool is not None], outcomes
+    finally:
+        shutil.rmtree(prefix)
+
+
+def test_an_interpreter_that_leaves_no_room_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "_visible", lambda: ("/tmp/own/bin/python3", "/usr/lib"))
+    assert sandbox._scratch() == "/scratch" and sandbox._apart(("/mnt", "/srv")) == "/mnt"
+    with pytest.raises(
+        SandboxError, match=r"^the interpreter /\S+ lies .* below /tmp or /usr: use one that lies elsewhere"
+    ):
+        sandbox._apart(("/tmp", "/usr"))
+
+
+def test_tools_are_sought_where_the_user_has_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = tmp_path / "bwrap"
+    own.write_text("#!/bin/sh\nexit 1\n")
+    own.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert sandbox._bubblewrap(0)[0] == str(own)
+    with pytest.raises(SandboxError, match=r"^\w+ is not on the PATH: install it$"):
+        sandbox._unshare(0)
+
+
+def test_without_tools_on_the_path_others_programs_are_refused_and_ours_run_under_limits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    sandbox.active_tool.cache_clear()
+    try:
+        said = r"^programs of models .* neither bwrap nor unshare is on the PATH: install bubblewrap \("
+        with pytest.raises(SandboxError, match=said):
+            run_programs(["x = 1"], isolation="namespace")
+        assert [o.passed for o in run_programs(["x = 1", "assert False"])] == [True, False]
+        assert sandbox.active_level() == "rlimits"
+    finally:
+        sandbox.active_tool.cache_clear()

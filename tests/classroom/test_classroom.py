@@ -20,6 +20,7 @@ from semalign import classroom
 from semalign.benchmarks import load_items
 from semalign.benchmarks.registry import BENCHMARKS, wrap
 from semalign.classroom import corpora, facts, family, make, problems, training
+from semalign.lm import files
 
 
 @pytest.fixture(scope="module")
@@ -262,6 +263,18 @@ def test_a_damaged_checkpoint_is_named_and_the_training_begins_anew(
     with pytest.warns(UserWarning, match=r"tiny\.ckpt is damaged .* begins anew"):
         training.train(recipe, model, tokenizer, tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters(), strict=True))
+
+
+def test_two_do_not_make_models_in_one_folder(tmp_path: Path) -> None:
+    with files.locked(tmp_path), pytest.raises(RuntimeError, match="another process is writing to"):
+        make.make("pico-xs", tmp_path, tmp_path / "work")
+    assert [p.name for p in tmp_path.iterdir()] == [".lock"]
+
+
+def test_an_unknown_name_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no recipe 'pico-m': the names are pico-s, "):
+        make.make("pico-m", tmp_path / "new", tmp_path / "work")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_short_recipe_learns_and_the_larger_model_more(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -67,6 +68,35 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         write_bytes(tmp_path / "a", "text")  # type: ignore[arg-type]
     assert (tmp_path / "a").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, "No space left on device"), PermissionError(13, "denied")])
+def test_what_cannot_be_written_is_named_with_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: OSError
+) -> None:
+    def fails(*_arguments: object) -> None:
+        raise fault
+
+    save_tensors(tmp_path / "a.pt", {"step": 1})
+    monkeypatch.setattr(Path, "write_bytes", fails)
+    said = rf"^{tmp_path}/a\.pt cannot be written \({fault.strerror}\): make room, or choose another folder$"
+    with pytest.raises(type(fault), match=said):
+        save_tensors(tmp_path / "a.pt", {"step": 2})
+    assert load_tensors(tmp_path / "a.pt") == {"step": 1} and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_that_is_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "results").write_text("")
+    with pytest.raises(FileExistsError, match="results/a cannot be written"):
+        write_text(tmp_path / "results" / "a", "text")
+
+
+def test_one_that_does_not_wait_for_the_lock_is_refused(tmp_path: Path) -> None:
+    said = r"is writing to .*: wait for it to end"
+    with locked(tmp_path), pytest.raises(RuntimeError, match=said), locked(tmp_path, wait=False):
+        pass
+    with locked(tmp_path, wait=False):
+        pass
 
 
 def test_one_holds_the_lock_at_a_time_and_it_is_on_a_file_that_can_be_written(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from tiny import APART, FAMILIES, ODD, tiny_llama, toy_data
@@ -9,8 +11,8 @@ from torch import nn
 
 from semalign.attribution import layer_attribution, objective, skip_loss
 from semalign.lm.examples import collate
-from semalign.lm.hooks import capture, check_sublayers, skip_layers
-from semalign.lm.parts import decoder_layers, norm_gain
+from semalign.lm.hooks import capture, check_head, check_sublayers, skip_layers
+from semalign.lm.parts import decoder, decoder_layers, norm_gain
 
 WHOLE = {**FAMILIES, **{name: make for name, make in ODD.items() if name not in APART}}
 
@@ -104,3 +106,75 @@ def test_a_gain_stored_less_one_keeps_its_digits() -> None:
     gain = norm_gain(model)
     assert gain.dtype == torch.float32
     assert torch.equal(gain, 1 + model.model.norm.weight.detach().float())  # 1 + w in bfloat16 is 4e-3 off
+
+
+class Changed(nn.Module):
+    """A layer that hands on something else than its inner one does."""
+
+    def __init__(self, inner: nn.Module, change: Callable[[torch.Tensor], object]) -> None:
+        super().__init__()
+        self.inner, self.change = inner, change
+
+    def forward(self, hidden_states: torch.Tensor, *args: object, **kwargs: object) -> object:
+        return self.change(self.inner(hidden_states, *args, **kwargs))
+
+
+def test_a_layer_that_hands_on_no_stream_is_refused_by_its_number() -> None:
+    model = tiny_llama()
+    model.model.layers[1] = Changed(model.model.layers[1], lambda out: {"states": out})
+    with (
+        capture(model, [(2, "stream")]),
+        pytest.raises(ValueError, match="layer 2 of a LlamaForCausalLM gives dict at"),
+    ):
+        model.model.layers[1](torch.randn(1, 3, 32), position_embeddings=(torch.ones(1, 3, 8), torch.zeros(1, 3, 8)))
+
+
+def test_what_was_not_computed_is_refused_by_its_name() -> None:
+    model = tiny_llama()
+    with (
+        capture(model, [(3, "stream")]) as seen,
+        pytest.raises(ValueError, match="the stream of layer 3 of a LlamaFor"),
+    ):
+        seen[3, "stream"]
+
+
+def test_a_loss_without_a_gradient_at_some_layer_is_refused() -> None:
+    model = tiny_llama()
+    model.model.layers[1] = Changed(model.model.layers[1], torch.Tensor.detach)
+    with pytest.raises(ValueError, match="the loss of a LlamaForCausalLM has no gradient at layer 1: choose"):
+        layer_attribution(model, collate(toy_data(2), 0))
+
+
+@pytest.mark.parametrize("family", WHOLE)
+def test_logits_are_the_head_on_the_final_states(family: str) -> None:
+    torch.manual_seed(0)
+    check_head(WHOLE[family]().eval())
+
+
+def test_logits_that_are_not_the_head_on_the_final_states_are_refused() -> None:
+    model = tiny_llama()
+    model.lm_head.register_forward_pre_hook(lambda _m, args: (args[0] * 2,))
+    check_head(model)  # part of the head, wherever it is called
+    strange = tiny_llama()
+    strange.register_forward_hook(lambda _m, _a, out: setattr(out, "logits", out.logits * 3) or out)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="the logits of a LlamaForCausalLM are not its head on"):
+            check_head(strange)
+
+
+def test_a_decoder_may_change_its_embeddings_in_place() -> None:
+    def doubles(_layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        args[0].mul_(2)
+
+    model, batch = tiny_llama(), collate(toy_data(2), 0)
+    model.model.layers[0].register_forward_pre_hook(doubles)
+    twice = tiny_llama()
+    with torch.no_grad():
+        twice.model.embed_tokens.weight.mul_(2)
+    torch.testing.assert_close(layer_attribution(model, batch), layer_attribution(twice, batch))
+
+
+def test_a_model_that_takes_itself_for_its_decoder_has_one_inside() -> None:
+    model = tiny_llama()
+    model.get_decoder = lambda: model  # type: ignore[method-assign]
+    assert decoder(model) is model.model and len(decoder_layers(model)) == 3

@@ -365,7 +365,7 @@ REFUSALS: dict[str, tuple[Callable[[], Any], str]] = {
     "depth": (lambda: select_layers(torch.ones(3), 4), "teacher has 3 layers and the student 4.*at least as deep"),
     "nan": (lambda: select_layers(torch.tensor([1.0, math.nan]), 1), "not finite: load the teacher in"),
     "window": (lambda: best_window(torch.ones(3, 4), (4, 4)), r"\(3, 4\) has no window of shape \(4, 4\)"),
-    "rank": (lambda: to_lora(torch.ones(3, 4), 4), "rank 4 is not between 1 and 3"),
+    "rank": (lambda: to_lora(torch.ones(3, 4), 4), "rank 4 must be between 1 and 3"),
     "split": (lambda: to_lora(torch.ones(3, 4), 2, "half"), "'half'.*all_on_B, sqrt"),
     "target": (lambda: student_shapes(student(), ("up_proj", "c_fc")), "c_fc.*must name linear.*which holds.*up_proj"),
     "no target": (lambda: student_shapes(student(), ()), "must name linear modules"),

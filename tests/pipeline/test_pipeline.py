@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -137,6 +138,45 @@ def test_an_unknown_profile_is_one_sentence_and_leaves_nothing(copy: Path) -> No
     assert "clasroom" in done.stdout and "classroom" in done.stdout and "Traceback" not in done.stdout
     assert len(done.stdout.strip().splitlines()) == 1
     assert not (copy / "results/clasroom").exists()
+
+
+@pytest.mark.parametrize("number", ["0", "-2", "two", "", "1.5"])
+def test_a_number_of_cores_that_is_none_is_refused(number: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in ("run", "tune"):
+        with pytest.raises(SystemExit):
+            cli.main([verb, "smoke", f"--cores={number}"])
+        assert f"{number!r} is no number of cores: give 1 or more, or all" in capsys.readouterr().err
+    assert cli.cores_of("all") == "all" and cli.cores_of("2") == "2"
+
+
+def test_what_the_system_refuses_is_said_with_the_way_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    taken = tmp_path / "results"
+    taken.write_text("a file")
+    for verb in (["trial", "smoke", "mmlu", "none", "0"], ["notebook", "03_pairing", "smoke"], ["book", "smoke"]):
+        assert cli.main([*verb, "--results", str(taken)]) == 1
+        said = capsys.readouterr().err.strip().splitlines()
+        assert len(said) == 1 and said[0].startswith("semalign: ") and str(taken) in said[0], said
+        assert re.search(r": (make room|correct the path), or ", said[0]), said
+
+
+def test_a_book_of_a_folder_without_a_run_names_what_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["book", "smoke", "--results", str(tmp_path)]) == 1
+    assert "main_figure.svg is missing: correct the path, or run what makes it" in capsys.readouterr().err
+
+
+def test_results_that_cannot_be_written_are_refused_with_their_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("something ran"))
+    (tmp_path / "taken").write_text("a file")
+    assert cli.main(["run", "smoke", "--results", str(tmp_path / "taken" / "below")]) == 1
+    assert "taken is a file: choose another folder for the results" in capsys.readouterr().err
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert cli.main(["run", "smoke", "--results", str(tmp_path / "new")]) == 1
+    said = capsys.readouterr().err
+    assert f"{tmp_path} belongs to {tmp_path.owner()} and cannot be written: have it given to you" in said
 
 
 def test_a_second_run_over_the_same_results_is_refused(tmp_path: Path) -> None:

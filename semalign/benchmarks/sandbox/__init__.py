@@ -1,9 +1,14 @@
 """Running generated code: a fresh isolated process a program, and proof that the program reached its end.
 
-Isolation has two levels. ``namespace``: bubblewrap where it is installed and works, otherwise ``unshare`` (own process,
-network and mount namespaces; Python's files read-only, an empty 64 MiB ``/tmp``, and nothing else of the machine).
+Isolation has two levels. ``namespace``: ``unshare`` where it works, otherwise bubblewrap, whose folder has no limit on
+the number of files (own process, network and mount namespaces; Python's files read-only, an empty 64 MiB folder, which
+is ``/tmp`` where the interpreter does not lie there itself, and nothing else of the machine).
 ``rlimits``: where neither works, a guard inside the interpreter that refuses files, processes and sockets.
 Resource limits, the guard against native code and the wall clock act at both. Only the standard library is there.
+
+Memory. A process has ``memory_mb`` of address space. What its files hold is not in that: the folder is a tmpfs of
+``FOLDER_BYTES``, and files in memory (``memfd_create``) are at most ``DESCRIPTORS`` of ``FILE_BYTES`` each, 128 MiB.
+A control group would count all of it together, and few machines let a user have one.
 
 Proof of the end. Whatever shares an interpreter with a program can be found and forged by it, and so can a result line
 or an exit status. So the end is read off from outside: the driver blocks in the same ``read`` call once before and once
@@ -30,18 +35,20 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 OUTPUT_BYTES = 1 << 20
-FILE_BYTES = 16 << 20
+FILE_BYTES = 4 << 20
 FOLDER_BYTES = 64 << 20
+DESCRIPTORS = 32
 PROCESSES = 8
 START_S = 20.0
 NOT_STARTED = "the sandbox did not start"
 _UID = 1_000_000  # root's programs run as users of their own from here on: the process limit exempts root
-_FLAGS = ("-s", "-S", "-P", "-B", "-X", "utf8", "-c")
+_FLAGS = ("-s", "-S", "-P", "-B", "-u", "-X", "utf8", "-c")  # -u: what was printed is out before a program ends
 _ENV = {"PYTHONHASHSEED": "0"}  # sets are ordered alike in every run, so a verdict does not change
 
 # Texts and not modules: their files are not there in a sandbox.
@@ -76,48 +83,90 @@ def _python() -> str:
 @functools.cache
 def _visible() -> tuple[str, ...]:
     """What a program may read: the interpreter, its library and the system's shared libraries."""
-    prefixes = [Path(sys.base_prefix), Path(sys.base_exec_prefix), Path("/usr"), Path("/")]
+    prefixes = [
+        Path(sys.base_prefix),
+        Path(sys.base_exec_prefix),
+        Path(_python()).parent.parent,
+        Path("/usr"),
+        Path("/"),
+    ]
     lib = [str(p / name) for p in prefixes for name in ("lib", "lib64")]
+    lib += [os.path.realpath(path) for path in lib]  # an interpreter behind a link looks for its library behind it too
     return tuple(dict.fromkeys(p for p in [_python(), *lib, "/etc/ld.so.cache"] if os.path.exists(p)))
+
+
+def _apart(folders: tuple[str, ...]) -> str:
+    """The first of some folders that holds nothing of what a program may read, so that it can be covered.
+
+    Raises:
+        SandboxError: each of them does.
+    """
+    for folder in folders:
+        if not any(path.startswith(f"{folder}/") for path in _visible()):
+            return folder
+    raise SandboxError(
+        f"the interpreter {_python()} lies where the sandbox needs room, below {' or '.join(folders)}: use one that "
+        "lies elsewhere"
+    )
+
+
+def _scratch() -> str:
+    """The folder that a program can write, as it sees it."""
+    return _apart(("/tmp", "/scratch"))
+
+
+def _tool(name: str) -> str:
+    """A command by its path, sought where the user's shell would: a sandbox's own environment has no PATH.
+
+    Raises:
+        SandboxError: it is not there.
+    """
+    if path := shutil.which(name):
+        return path
+    raise SandboxError(f"{name} is not on the PATH: install it")
 
 
 def _bubblewrap(uid: int) -> list[str]:
     own = ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if uid else ["--unshare-user"]
-    command = ["bwrap", *own, "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
+    command = [_tool("bwrap"), *own, "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
     command += ["--die-with-parent", "--as-pid-1", "--dev-bind", "/dev/null", "/dev/null"]
     for path in _visible():
         for above in reversed(Path(path).parents[:-1]):  # bubblewrap would make them for their owner alone
             command += ["--perms", "0755", "--dir", str(above)]
         link = os.path.islink(path)
         command += ["--symlink", os.readlink(path), path] if link else ["--ro-bind", path, path]
-    command += ["--perms", "0777", "--size", str(FOLDER_BYTES), "--tmpfs", "/tmp"]
-    return [*command, "--remount-ro", "/", "--chdir", "/tmp"]
+    command += ["--perms", "0777", "--size", str(FOLDER_BYTES), "--tmpfs", _scratch()]
+    return [*command, "--remount-ro", "/", "--chdir", _scratch()]
 
 
 def _unshare(uid: int) -> list[str]:
-    lines = ["set -e", "mount -t tmpfs -o mode=755,nosuid,nodev jail /mnt", "mkdir -p /mnt/tmp"]
+    mount, mkdir, ln = (shlex.quote(_tool(name)) for name in ("mount", "mkdir", "ln"))
+    jail = _apart(tuple(f for f in ("/mnt", "/srv", "/media", "/home") if os.path.isdir(f)))
+    lines = ["set -e", f"{mount} -t tmpfs -o mode=755,nosuid,nodev jail {jail}", f"{mkdir} -p {jail}{_scratch()}"]
     for path in _visible():
-        inner, parent = shlex.quote(f"/mnt{path}"), shlex.quote(f"/mnt{os.path.dirname(path)}")
+        inner, parent = shlex.quote(f"{jail}{path}"), shlex.quote(f"{jail}{os.path.dirname(path)}")
         if os.path.islink(path):
-            lines += [f"mkdir -p {parent}", f"ln -s {shlex.quote(os.readlink(path))} {inner}"]
+            lines += [f"{mkdir} -p {parent}", f"{ln} -s {shlex.quote(os.readlink(path))} {inner}"]
         else:
-            place = f"mkdir -p {inner}" if os.path.isdir(path) else f"mkdir -p {parent}; : > {inner}"
-            lines += [place, f"mount -o bind,ro,nosuid,nodev {shlex.quote(path)} {inner}"]
-    lines += ["mount -o remount,bind,ro,nosuid,nodev /mnt"]
-    lines += [f"mount -t tmpfs -o mode=777,nosuid,nodev,noexec,size={FOLDER_BYTES},nr_inodes=4096 work /mnt/tmp"]
+            place = f"{mkdir} -p {inner}" if os.path.isdir(path) else f"{mkdir} -p {parent}; : > {inner}"
+            lines += [place, f"{mount} -o bind,ro,nosuid,nodev {shlex.quote(path)} {inner}"]
+    lines += [f"{mount} -o remount,bind,ro,nosuid,nodev {jail}"]
+    small = f"mode=777,nosuid,nodev,noexec,size={FOLDER_BYTES},nr_inodes=4096"
+    lines += [f"{mount} -t tmpfs -o {small} work {jail}{_scratch()}"]
     # A second user namespace takes the capabilities over the first one's mounts away.
-    lines += [f'exec unshare {"" if uid else "--user"} --root=/mnt --wd=/tmp "$@"']
+    again = f"{shlex.quote(_tool('unshare'))} {'' if uid else '--user'}"
+    lines += [f'exec {again} --root={jail} --wd={_scratch()} "$@"']
     spaces = ["--mount", "--net", "--pid", "--ipc", "--uts", "--fork", "--kill-child"]
     own = [] if uid else ["--user", "--map-root-user"]
-    return ["unshare", *spaces, *own, "--", "/bin/sh", "-c", "\n".join(lines), "sh"]
+    return [_tool("unshare"), *spaces, *own, "--", "/bin/sh", "-c", "\n".join(lines), "sh"]
 
 
-_TOOLS = {"bubblewrap": _bubblewrap, "unshare": _unshare}
+_TOOLS = {"unshare": _unshare, "bubblewrap": _bubblewrap}
 
 
 @functools.cache
 def active_tool() -> str | None:
-    """``bubblewrap`` or ``unshare``, whichever first runs a program here; ``None`` where no isolation tool works."""
+    """``unshare`` or ``bubblewrap``, whichever first runs a program here; ``None`` where no isolation tool works."""
     for tool in _TOOLS:
         with contextlib.suppress(SandboxError, OSError):
             if _run_all(["pass"], tool, 10.0, 512, 1)[0].passed:
@@ -128,6 +177,14 @@ def active_tool() -> str | None:
 def active_level() -> str:
     """The isolation that programs get on this machine: ``namespace`` or ``rlimits``."""
     return "namespace" if active_tool() else "rlimits"
+
+
+def _why_no_tool() -> str:
+    """Why :func:`active_tool` found none, as a part of a sentence."""
+    found = [name for name in ("bwrap", "unshare") if shutil.which(name)]
+    if not found:
+        return "neither bwrap nor unshare is on the PATH"
+    return f"{' and '.join(found)} cannot start {_python()} in a namespace here"
 
 
 def require_level(isolation: str) -> str:
@@ -141,7 +198,7 @@ def require_level(isolation: str) -> str:
         raise ValueError(f"isolation must be 'namespace' or 'rlimits', not {isolation!r}")
     if isolation == "namespace" and active_level() != "namespace":
         raise SandboxError(
-            "generated code needs isolation='namespace', but neither bubblewrap nor unshare works here; "
+            f"programs of models that are not this project's own run in namespaces alone, and {_why_no_tool()}: "
             "install bubblewrap (apt-get install bubblewrap), or leave the tasks out whose answers are programs"
         )
     return active_level()
@@ -176,7 +233,7 @@ def _limits(timeout_s: float, memory_mb: int, tool: str | None) -> bytes:
         resource.RLIMIT_AS: memory_mb << 20,
         resource.RLIMIT_FSIZE: FILE_BYTES,
         resource.RLIMIT_NPROC: PROCESSES if tool else -1,  # without a namespace it would count all of the user's
-        resource.RLIMIT_NOFILE: 64,
+        resource.RLIMIT_NOFILE: DESCRIPTORS,
         resource.RLIMIT_CORE: 0,
     }
     return ",".join(f"{kind}:{value}" for kind, value in limits.items()).encode()
@@ -198,8 +255,8 @@ def _open_box(tool: str | None, worker: int, text: str | None = None) -> _Box:
     roots = _visible() if tool else (*_visible(), f"{folder}/")
     ours, theirs = socket.socketpair()
     ours.settimeout(START_S)
-    bound = ["setpriv", "--pdeathsig", "KILL", "--no-new-privs"]  # bubblewrap does this itself
-    command = bound if tool != "bubblewrap" and shutil.which("setpriv") else []
+    setpriv = shutil.which("setpriv") if tool != "bubblewrap" else None  # bubblewrap does this itself
+    command = [setpriv, "--pdeathsig", "KILL", "--no-new-privs"] if setpriv else []
     command += _TOOLS[tool](uid) if tool else []
     command += [_python(), *_FLAGS, text or _DRIVER, str(theirs.fileno()), str(uid), "0" if tool else "1", *roots]
     with theirs:
@@ -242,6 +299,8 @@ def _run(program: str, box: _Box, timeout_s: float, memory_mb: int) -> tuple[Out
             pid = struct.unpack("3i", credentials[0][2])[0]  # as this process sees it, whatever the namespace
             watch = os.pidfd_open(pid)
             before = _position(pid, time.monotonic() + START_S)
+            if before is None:
+                _say_token_alone()
             started = time.monotonic()
             ours.send(b"g")
             end = started + timeout_s
@@ -264,6 +323,17 @@ def _run(program: str, box: _Box, timeout_s: float, memory_mb: int) -> tuple[Out
     if reason == "ended early" and text.strip():
         reason = f"stopped: {text.strip().splitlines()[-1][:200]}"
     return Outcome(reason == "passed", reason, seconds, text), same
+
+
+@functools.cache
+def _say_token_alone() -> None:
+    """Say once that the kernel does not show where a program ended."""
+    warnings.warn(
+        "this user may not see where a process waits (/proc/PID/syscall), as root without the right to trace: that a "
+        "program reached its end is proven by a token alone, which one that means to can find; run as a user who may "
+        "trace its own processes",
+        stacklevel=2,
+    )
 
 
 def _drain(descriptor: int) -> bytes:
@@ -311,11 +381,19 @@ def run_programs(
         ValueError: an unknown level, or a limit that is not positive.
     """
     if sys.platform != "linux":
-        raise SandboxError("generated code is executed on Linux only: the sandbox is made of its namespaces and limits")
+        raise SandboxError(
+            "generated code is executed on Linux only, of whose namespaces and limits the sandbox is made: leave the "
+            "tasks out whose answers are programs"
+        )
     if timeout_s <= 0 or memory_mb <= 0:
         raise ValueError(f"timeout_s and memory_mb must be positive, not {timeout_s} and {memory_mb}")
     require_level(isolation)
     return _run_all(programs, active_tool(), timeout_s, memory_mb, workers or len(os.sched_getaffinity(0)))
+
+
+def cannot_start(tool: str | None) -> str:
+    """The sentence for a sandbox that does not start at all."""
+    return f"the sandbox ({tool or 'rlimits'}) cannot start {_python()}: give the machine memory, or use another Python"
 
 
 def _run_all(programs: list[str], tool: str | None, timeout_s: float, memory_mb: int, workers: int) -> list[Outcome]:
@@ -335,7 +413,7 @@ def _run_all(programs: list[str], tool: str | None, timeout_s: float, memory_mb:
                     box = None
                 if started:
                     return outcome
-            raise SandboxError(f"the sandbox ({tool or 'rlimits'}) does not start; is the machine out of memory?")
+            raise SandboxError(cannot_start(tool))
         finally:
             idle.put((worker, box))
 

@@ -100,7 +100,7 @@ def _judge_all(
                 if outcome.reason != NOT_STARTED:
                     return outcome
                 sandbox._close_box(testers.pop(), at_once=True)
-            raise SandboxError(f"the sandbox ({tool or 'rlimits'}) does not start; is the machine out of memory?")
+            raise SandboxError(sandbox.cannot_start(tool))
         finally:
             idle.put((worker, testers, boxes))
 
