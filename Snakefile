@@ -88,7 +88,7 @@ rule trial:
     group:
         "trials_{task}"  # on a cluster the trials of a task share jobs, of as many as group-components says
     resources:
-        gpu=GPU, **job_needs(CHOSEN, "trial"),
+        gpu=GPU, turn=1, **job_needs(CHOSEN, "trial"),
     shell:
         "OMP_NUM_THREADS={threads} {params.python:q} -m semalign.pipeline trial {params.profile:q} {wildcards.task} "
         "{wildcards.method} {wildcards.seed} --results {params.results:q}"

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import errors as hub_errors
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub import errors as hub_errors
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase

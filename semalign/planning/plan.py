@@ -171,6 +171,7 @@ class Held:
     teachers: int = 0
     students: int = 0
     full: bool = False  # whole layers may train, in every layer
+    taught: bool = False  # the teacher is trained itself, by adapters on all its layers
 
 
 CHAPTERS: dict[str, Held] = {
@@ -182,9 +183,9 @@ CHAPTERS: dict[str, Held] = {
     "08_mbpp": Held(("*",)),
     "04b_gates": Held(("none", "sft")),
     "09_fine_tuned_teachers": Held(("none", "sft", "semalign")),
-    "10_similarity": Held(("semalign", "sft", "logit_kd"), students=3),
-    "11_ablations": Held(("semalign",), teachers=1),
-    "12_controls": Held(("semalign", "sft", "logit_kd"), students=1),
+    "10_similarity": Held(("semalign", "sft", "logit_kd")),
+    "11_ablations": Held(("semalign", "logit_kd")),
+    "12_controls": Held(("semalign", "sft", "logit_kd"), students=1, taught=True),
     "13_rivals": Held(("seeking", "laten"), students=1),
     "13b_regimes": Held(("sft", "logit_kd", "warm_up")),
     "14_search": Held(("logit_kd", "semalign"), full=True),
@@ -209,7 +210,7 @@ def method_memory(p: Profile, name: str) -> Need:
     steps: dict[str, float] = {"answering": ours + _cache(s, p, size)}
     host = max(theirs if way.teacher != "none" else 0, ours) + HOST
     if way.teacher in ("chooses", "states", "all") and p.layer is None:
-        steps["attribution"] = theirs + attribution(t, tokens, size)
+        steps["attribution"] = theirs + attribution(t, longest, size)
     if way.teacher in ("states", "all", "top"):
         maps = 8 * 3 * (t.width**2 + s.width**2) + s.vocabulary * s.width * size
         steps["teacher's pass"] = theirs + maps + 2048 * 4 * (t.mlp + t.width) * size + 256 * t.vocabulary * 12
@@ -238,7 +239,7 @@ def training(s: Shape, tokens: int, size: int, *, layers: int, every: bool, full
     kept = kept_for_backward(s, tokens, size, layers=inside, trained="layer" if full else "lora")
     kept += kept_for_backward(s, tokens, size, layers=layers - inside)
     numbers = inside * (s.layer_parameters if full else RANK * (4 * s.width + 2 * s.mlp + 2 * s.heads * s.head))
-    # float32: the value, its gradient, AdamW's two moments, and the last good value
+    # float32: the value or its master, its gradient, AdamW's two moments, and the last good value
     return kept + numbers * 20 + 4 * tokens * s.width * 2 + LOGITS
 
 
@@ -258,16 +259,19 @@ def chapter_memory(p: Profile, name: str) -> Need:
     gpu, step = largest.gpu + beside, largest.step
     longest = min(p.max_length, _file()["longest"])
     if name == "02_importance":
-        gpu, step = beside + attribution(t, p.sizes.extract * longest, size) + SPARE, "attribution of all examples"
-    if held.full and (whole := _full(p)) > gpu:
-        gpu, step = whole, "whole layers in training"
+        logits = p.sizes.extract * longest * t.vocabulary * (size + 8)  # of all examples, where a layer is skipped
+        gpu, step = beside + max(attribution(t, longest, size), logits) + SPARE, "attribution"
+    if held.full:
+        gpu, step = max((gpu, step), (_trained(s, p, full=True), "whole layers in training"))
+    if held.taught:
+        gpu, step = max((gpu, step), (_trained(t, p), "the teacher in training"))
     return Need(gpu, max(need.host for need in needs), step)
 
 
-def _full(p: Profile) -> float:
-    s, size = shape_of(p.student), SIZES[p.dtype]
-    tokens = p.eval_batch_size * min(p.max_length, _file()["longest"])
-    return s.parameters * size + training(s, tokens, size, layers=s.layers, every=True, full=True) + SPARE
+def _trained(s: Shape, p: Profile, *, full: bool = False) -> float:
+    """Bytes of a model and of its training in all layers."""
+    size, tokens = SIZES[p.dtype], p.eval_batch_size * min(p.max_length, _file()["longest"])
+    return s.parameters * size + training(s, tokens, size, layers=s.layers, every=True, full=full) + SPARE
 
 
 def downloads(names: Iterable[str]) -> int:
@@ -412,7 +416,7 @@ def _remedy(p: Profile, name: str, what: str, card: int) -> str:
     larger = next((c for c in CARDS if c > card and needed(p) <= c * 1e9), None)
     if larger:
         return f"take a card of {larger} GB"
-    return "take it out of methods" if what == "method" else "no setting mends it: run the profile without this chapter"
+    return "take it out of methods" if what == "method" else f"no setting mends it, it takes {needed(p) / 1e9:.0f} GB"
 
 
 def markdown(found: Plan) -> str:
