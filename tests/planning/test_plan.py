@@ -13,6 +13,7 @@ from tiny import FAMILIES, tiny_llama
 from transformers import PreTrainedModel
 
 from semalign.methods import REGISTRY
+from semalign.pipeline import book
 from semalign.pipeline.notebooks import ORDER, chapters_of
 from semalign.planning import plan as planning
 from semalign.profiles import FOLDER, Hub, ProfileError, load_profile
@@ -124,6 +125,13 @@ def test_every_profile_of_the_hub_has_a_page_of_its_needs(name: str) -> None:
     assert all(hours > 0 for hours in found.hours.values()) and found.hours["H100"] < found.hours["A100"]
     for said in found.mends:  # each sentence names something that helps
         assert "does not fit" in said and ("set " in said or "take " in said or "run " in said)
+
+
+def test_the_book_of_a_hub_profile_has_the_plan_as_a_page() -> None:
+    for name in HUB_PROFILES:
+        page = book.plan_page(load_profile(name))
+        assert page.startswith("# What this profile needs\n") and "| chapter `04_alignment` |" in page
+    assert book.plan_page(load_profile("smoke")) == ""
 
 
 def test_a_mend_mends() -> None:
