@@ -34,6 +34,8 @@ PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 PLUGINS = ("snakemake-executor-plugin-slurm==2.8.0", "snakemake-executor-plugin-slurm-jobstep==0.6.1")
 SPENT = ("cost", "wall_s", "seconds", "peak", "_s", "minutes", "hours", "GiB", "memory")
 """What a run spends differs from run to run: keys with one of these in them are not compared."""
+CONFIGURED = Path("/etc/slurm/slurm.conf")
+"""Where commands look by themselves: the plugin takes SLURM_CONF, with all that SLURM sets, from what its jobs call."""
 CONF = """\
 ClusterName=one
 SlurmctldHost={host}(127.0.0.1)
@@ -70,6 +72,10 @@ def why_not() -> str:
         return "the SLURM test is skipped: it makes a cluster, for which it has to be root"
     if not shutil.which("apt-get"):
         return "the SLURM test is skipped: it makes a cluster from Debian's packages, and there is no apt-get"
+    if CONFIGURED.exists():
+        return (
+            f"the SLURM test is skipped: {CONFIGURED} is there already, and this machine's cluster is not to be touched"
+        )
     if shutil.which("sbatch") and shutil.which("munged"):
         return ""
     quiet = {
@@ -96,10 +102,13 @@ def cluster(folder: Path, cpus: int) -> Iterator[dict[str, str]]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20 - 512
     text = CONF.format(host=host, port=port, port1=port1, folder=folder, cpus=cpus, memory=memory)
     (folder / "slurm.conf").write_text(text)
+    CONFIGURED.parent.mkdir(exist_ok=True)
+    CONFIGURED.unlink(missing_ok=True)  # of a test that was killed: it points nowhere
+    CONFIGURED.symlink_to(folder / "slurm.conf")
     key = folder / "munge.key"
     key.write_bytes(os.urandom(128))
     key.chmod(0o400)
-    environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
     log = (folder / "daemons.log").open("w")
     munged = ["munged", "--foreground", "--force", f"--socket={folder}/munge.socket", f"--key-file={key}"]
     munged += [f"--{name}-file={folder}/munge.{name}" for name in ("pid", "log", "seed")]
@@ -119,6 +128,7 @@ def cluster(folder: Path, cpus: int) -> Iterator[dict[str, str]]:
                 daemon.wait(10)
             daemon.kill()
         log.close()
+        CONFIGURED.unlink(missing_ok=True)
 
 
 def asked(words: str, environment: dict[str, str]) -> str:
@@ -148,6 +158,11 @@ def controller(
     ]  # fmt: skip
 
 
+def said_by_jobs(results: Path) -> str:
+    """The ends of what the jobs of the cluster printed."""
+    return "\n".join(f"-- {p}\n{p.read_text()[-3000:]}" for p in sorted((results / "slurm").rglob("*.log")))
+
+
 def same(one: Any, two: Any, where: str = "") -> list[str]:
     """Where two values from json differ, what was spent left aside."""
     if isinstance(one, dict) and isinstance(two, dict):
@@ -162,7 +177,7 @@ def compared(local: Path, remote: Path) -> tuple[int, list[str]]:
     """How many files of metrics and of trials both runs have, and where they differ."""
     differences, count = [], 0
     names = {p.relative_to(r) for r in (local, remote) for p in (r / "metrics").glob("*.json")}
-    names |= {p.relative_to(r) for r in (local, remote) for p in (r / "artefacts/trials").rglob("*.json")}
+    names |= {p.relative_to(r) for r in (local, remote) for p in (r / "artefacts/trials").glob("*/*.json")}
     for name in sorted(names):
         missing = [str(r) for r in (local, remote) if not (r / name).exists()]
         differences += [f"{name} is not in {m}" for m in missing]
@@ -199,23 +214,24 @@ def main() -> int:
             print("== the first controller, killed after its first trial", flush=True)
             first = subprocess.Popen(command, env=environment, start_new_session=True)
             until(
-                lambda: first.poll() is not None or any(trials.rglob("*.json")),
+                lambda: first.poll() is not None or any(trials.glob("*/*.json")),
                 900,
                 "no trial ends",
                 folder / "cluster",
             )
             if first.poll() is not None:
                 print(f"the controller ended by itself with status {first.returncode} before a trial was there")
+                print(said_by_jobs(remote))
                 return 1
             os.killpg(first.pid, signal.SIGKILL)
             first.wait()
             running = asked("squeue -h -t running -o %i", environment).split()
             print(f"== killed; jobs that go on without it: {len(running)}", flush=True)
             until(lambda: not asked("squeue -h -o %i", environment), 900, "jobs do not end", folder / "cluster")
-            kept = {path: path.stat().st_mtime_ns for path in trials.rglob("*.json")}
+            kept = {path: path.stat().st_mtime_ns for path in trials.glob("*/*.json")}
             print(f"== the second controller, with {len(kept)} trials there", flush=True)
             if subprocess.run(command, env=environment).returncode:
-                print("the resumed run failed")
+                print(f"the resumed run failed\n{said_by_jobs(remote)}")
                 return 1
             again = [p.name for p, t in kept.items() if p.stat().st_mtime_ns != t]
         print("== the same, locally", flush=True)
