@@ -26,14 +26,14 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"make: Python 3.11, 3.12 or 3.13 is needed and $(PYTHON) is {v[0]}.{v[1]}: call make PYTHON=python3.12")'
 	@echo "== installing into $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install -q --disable-pip-version-check uv==$(UV)
+	@$(BIN)/pip install -qq --disable-pip-version-check uv==$(UV)
 	@if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then \
-	    $(BIN)/pip install -q torch==$(TORCH); \
+	    $(BIN)/pip install -qq torch==$(TORCH); \
 	 else \
-	    UV_HTTP_RETRIES=0 $(BIN)/uv pip install -q --python $(BIN)/python --torch-backend cpu torch==$(TORCH) 2>/dev/null \
-	    || $(BIN)/pip install -q torch==$(TORCH); \
+	    UV_HTTP_RETRIES=0 $(BIN)/uv pip install -qq --python $(BIN)/python --torch-backend cpu torch==$(TORCH) 2>/dev/null \
+	    || $(BIN)/pip install -qq torch==$(TORCH); \
 	 fi
-	@$(BIN)/uv pip install -q --python $(BIN)/python --no-deps -r requirements.lock -e .
+	@$(BIN)/uv pip install -qq --python $(BIN)/python --no-deps -r requirements.lock -e .
 	@touch $@
 
 # make's process number lets a notebook stop when make is killed, instead of running on unseen.

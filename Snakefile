@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, workflow.basedir)
 from semalign.pipeline import book as the_book
 from semalign.pipeline import notebooks as chapters
-from semalign.pipeline.__main__ import check, disown, lock, own, watch_owners
+from semalign.pipeline.__main__ import announce, check, disown, lock, watch_owners
 from semalign.planning.plan import job_needs
 from semalign.planning.preflight import GPU as GIVEN, preflight
 from semalign.profiles import load_profile
@@ -37,7 +37,7 @@ if REMOTE:
     disown()
     os.environ[GIVEN] = str(GPU)
 watch_owners()
-own("SEMALIGN_SNAKEMAKE", os.getpid())
+announce("SEMALIGN_SNAKEMAKE", os.getpid())
 
 
 def made(name):

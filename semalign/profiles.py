@@ -156,9 +156,10 @@ class Sizes(_Strict):
 
 
 class Regimes(_Strict):
-    """Of the map of regimes: how many training examples, and on which tasks (by default the profile's first)."""
+    """Of the map of regimes: how many training examples, in how many steps, on which tasks (by default the first)."""
 
     examples: list[Annotated[int, Field(ge=1)]] = Field([8, 32, 128], min_length=1)
+    steps: int = Field(120, ge=2)  # optimizer steps of every cell, about
     tasks: list[str] = []
 
 

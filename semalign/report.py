@@ -86,8 +86,8 @@ def load_metrics(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
         return content["metrics"], content["provenance"]
     except FileNotFoundError:
         raise ValueError(f"there are no metrics at {path}: run the notebook that writes them") from None
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{path} is no metrics file ({error}): delete it and run its notebook again") from None
+    except (ValueError, KeyError):
+        raise ValueError(f"{path} is not a metrics file: delete it and run its notebook again") from None
 
 
 def provenance_table(provenance: Mapping[str, Any]) -> str:

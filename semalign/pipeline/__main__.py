@@ -44,7 +44,7 @@ OWNERS = ("SEMALIGN_MAKE", "SEMALIGN_RUN", "SEMALIGN_SNAKEMAKE")
 """Where a process of a run finds those that it must not outlive, as HOST:PID: on another host of a cluster it may."""
 
 
-def own(name: str, pid: int) -> None:
+def announce(name: str, pid: int) -> None:
     """Let what this process starts know that it must not outlive ``pid``, under one of :data:`OWNERS`."""
     os.environ[name] = f"{socket.gethostname()}:{pid}"
 
@@ -143,22 +143,28 @@ def make_trial(profile: str, task: str, method: str, seed: int, results: Path) -
 def choose(profile: str, cores: int) -> Path:
     """Tune every method of a profile that has draws of its own, and keep draws and choices in ``book/tuned``.
 
-    The trials are kept in the profile's results, so that a run that was stopped goes on where it was.
+    What a method chose is kept at once, and a method that has chosen by the same code on the same data is not tuned
+    again: a run that was stopped goes on where it was.
     """
-    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures import ProcessPoolExecutor, as_completed
 
-    from semalign.report import save_metrics
+    from semalign.report import load_metrics, save_metrics
     from semalign.study import trials, tuning
 
     p = load_profile(profile)
     before_models(p)
     target, folder = ROOT / "book" / "tuned" / f"{p.name}.json", ROOT / "results" / p.name / "artefacts" / "tuning"
-    with ProcessPoolExecutor(cores) as pool:
-        running = {m: pool.submit(tuning.tune, p, m, folder, tuning.DRAWS) for m in tuning.tuned_methods(p.methods)}
-        methods = {method: tried.result() for method, tried in running.items()}
     of = {"tasks": p.search.tasks, "examples": dict(p.sizes), "batch": p.batch_size}
-    metrics = {**of, "methods": methods, "code": trials.code_key()}
-    save_metrics(target, metrics, seeds=p.seeds[:1], profile=p.name)
+    keys = {m: trials.trial_key(p.changed(hyperparameters={}), p.search.tasks, m, p.seeds[0]) for m in p.methods}
+    kept = load_metrics(target)[0]["methods"] if target.exists() else {}
+    methods = {m: tried for m, tried in kept.items() if tried["key"] == keys.get(m)}
+    with ProcessPoolExecutor(cores) as pool:
+        waiting = [m for m in tuning.tuned_methods(p.methods) if m not in methods]
+        running = {pool.submit(tuning.tune, p, m, folder, tuning.DRAWS): m for m in waiting}
+        for tried in as_completed(running):
+            method = running[tried]
+            methods[method] = {**tried.result(), "key": keys[method]}
+            save_metrics(target, {**of, "methods": methods}, seeds=p.seeds[:1], profile=p.name)
     return target
 
 
@@ -222,8 +228,11 @@ def run(profile: str, cores: str, until: str, results: Path | None = None) -> in
         "--cores", cores, "--resources", "gpu=1", "--nolock", "--rerun-incomplete",
         "--config", f"profile={profile}", f"results={folder}", "--rerun-triggers", "software-env",
         "--quiet", "rules", "progress", "host", "reason",
+        # What profiles/default says, without a line about it: nothing is kept in a home folder.
+        "--workflow-profile", "none",
+        "--shared-fs-usage", "persistence", "input-output", "software-deployment", "sources", "storage-local-copies",
     ]  # fmt: skip
-    own("SEMALIGN_RUN", os.getpid())
+    announce("SEMALIGN_RUN", os.getpid())
     code = subprocess.run(command).returncode
     if code == 0 and until == "book":
         print(f"the book: {folder / 'book' / '_build' / 'html' / 'index.html'}")
@@ -265,7 +274,7 @@ def main(argv: list[str] | None = None) -> int:
     book.add_argument("--results", type=Path, required=True)
     given = parser.parse_args(argv)
     if make := os.environ.pop("SEMALIGN_MAKE_PID", ""):
-        own("SEMALIGN_MAKE", int(make))
+        announce("SEMALIGN_MAKE", int(make))
     watch_owners()
     try:
         if given.verb == "run":
