@@ -12,7 +12,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book notebooks tune keep test bench zoo pico lint lock clean
+.PHONY: help setup book notebooks plan fetch tune keep test test-slurm bench zoo pico lint lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -43,6 +43,12 @@ book: setup ## run the notebooks of PROFILE and build the book
 notebooks: setup ## run the notebooks of PROFILE without building the book
 	@SEMALIGN_MAKE_PID=$$PPID $(BIN)/python -m semalign.pipeline run "$(PROFILE)" --cores $(CORES) $(if $(RESULTS),--results "$(RESULTS)") --until notebooks
 
+plan: setup ## say what PROFILE needs: memory, disk, tokens, hours, and what will not fit
+	@$(BIN)/python -m semalign.pipeline plan "$(PROFILE)"
+
+fetch: setup ## bring the models and questions of PROFILE into the hub's cache, for nodes without a network
+	@$(BIN)/python -m semalign.pipeline fetch "$(PROFILE)"
+
 tune: setup ## choose each method's hyperparameters for PROFILE on validation examples, into book/tuned
 	@OMP_NUM_THREADS=1 $(BIN)/python -m semalign.pipeline tune "$(PROFILE)" $(if $(filter-out all,$(CORES)),--cores $(CORES))
 
@@ -51,6 +57,9 @@ keep: setup ## keep the numbers of a finished run of PROFILE in book/full_run, w
 
 test: setup ## the test suite, a file at a time on each core
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadfile
+
+test-slurm: setup ## a run on a one-node SLURM cluster made for it, killed and resumed (root on Debian)
+	@$(BIN)/python tests/cluster/slurm.py
 
 bench: setup ## measure speed and memory against the obvious alternatives
 	@for script in tests/bench/bench_*.py; do $(BIN)/python $$script || exit 1; done
@@ -66,7 +75,7 @@ lint: setup ## ruff, mypy, imports that run one way, notebooks without outputs
 	@$(BIN)/nbstripout --verify notebooks/*.ipynb
 
 lock: setup ## refresh requirements.lock from pyproject.toml
-	@$(BIN)/uv pip compile -q --universal --python-version 3.11 --group dev --group packaged --no-annotate --no-header --upgrade pyproject.toml -o requirements.lock
+	@$(BIN)/uv pip compile -q --universal --python-version 3.11 --extra dev --group packaged --no-annotate --no-header --upgrade pyproject.toml -o requirements.lock
 
 clean: ## remove results and built books (not .venv)
 	rm -rf results .snakemake

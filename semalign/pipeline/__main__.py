@@ -1,4 +1,4 @@
-"""The command line: ``run``, ``tune``, ``keep``; and, for the Snakefile, ``notebook``, ``trial`` and ``book``."""
+"""The command line: ``run``, ``plan``, ``fetch``, ``tune``, ``keep``; for the Snakefile, its jobs and ``check``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from semalign.lm.files import read_json
-from semalign.pipeline.notebooks import KEPT_ELSEWHERE, ORDER, ROOT, chapters_of, preflight, run_digest, stamp
+from semalign.pipeline.notebooks import KEPT_ELSEWHERE, ORDER, ROOT, chapters_of, run_digest, stamp
+from semalign.planning.preflight import CHECKED, asks_more, before_models, checked, disks, preflight, tokens
 from semalign.profiles import Profile, load_profile
 
 _LOCKS: list[Any] = []  # open lock files: closing one would release it
@@ -48,6 +49,12 @@ def announce(name: str, pid: int) -> None:
     os.environ[name] = f"{socket.gethostname()}:{pid}"
 
 
+def disown() -> None:
+    """Let this process, and what it starts, outlive whoever submitted it: the jobs of a cluster go on by themselves."""
+    for name in OWNERS:
+        os.environ.pop(name, None)
+
+
 def watch_owners() -> None:
     """Stop this process, and with it its kernel, once one of its owners is gone: a kill leaves nothing behind."""
     of_name = (os.environ.get(name, "").rpartition(":") for name in OWNERS)
@@ -67,12 +74,66 @@ def watch_owners() -> None:
     threading.Thread(target=loop, daemon=True).start()
 
 
+def check(profile: str, results: str, *, elsewhere: bool) -> None:
+    """All that can be checked before the first job, for the Snakefile; jobs on this machine need not look again.
+
+    What needs a model library is looked at in a process of its own, which ends and leaves Snakemake small.
+
+    Args:
+        elsewhere: the jobs run on other machines, which check their own device and sandbox.
+
+    Raises:
+        SystemExit: something is missing, and the process has said what.
+    """
+    p = load_profile(profile)
+    if not asks_more(p, elsewhere=elsewhere):
+        return
+    command = [sys.executable, "-m", "semalign.pipeline", "check", profile, "--results", results]
+    if subprocess.run([*command, *(["--elsewhere"] if elsewhere else [])]).returncode:
+        sys.exit(1)
+    if p.data == "benchmarks":
+        os.environ[CHECKED] = checked(p)
+
+
+def fetch(profile: str) -> list[str]:
+    """Bring a profile's models and questions into the caches of the hub, for nodes that have no network.
+
+    Returns:
+        What is there now, a line each.
+
+    Raises:
+        RuntimeError: something cannot be had; the one sentence names all of it, and the rest has been fetched.
+        ProfileError: a gated model without a token, or a disk without room.
+    """
+    from semalign import benchmarks, models
+    from semalign.profiles import Hub
+
+    p = load_profile(profile)
+    tokens(p)
+    disks(p, None)
+    there, missing = [], []
+    for model in {(m.id, m.revision): m for m in p.models if isinstance(m, Hub)}.values():
+        try:
+            there.append(f"{model.id} at {models.download(model)}")
+        except models.ModelUnavailable as error:
+            missing.append(str(error))
+    for task in p.tasks if p.data == "benchmarks" else ():
+        try:
+            asked, learned = len(benchmarks.load_items(task)), benchmarks.task_data(task)
+            there.append(f"{task}: {asked} questions, {len(learned.train)} training examples")
+        except benchmarks.DataError as error:
+            missing.append(str(error))
+    if missing:
+        raise RuntimeError(f"of profile {p.name} this cannot be fetched: {'; '.join(missing)}")
+    return there
+
+
 def make_trial(profile: str, task: str, method: str, seed: int, results: Path) -> None:
     """One trial of a profile, in the file that the notebooks look for."""
     from semalign.study import trials
 
     p, started = load_profile(profile), time.monotonic()
-    preflight(p)
+    before_models(p, results)
     folder = results / "artefacts" / "trials"
     trials.run_trial(p, task, method, seed, folder, others=p.others)
     stamp(folder / task / f"{method}-{seed}.json", run_digest(p))
@@ -91,6 +152,7 @@ def choose(profile: str, cores: int) -> Path:
     from semalign.study import trials, tuning
 
     p = load_profile(profile)
+    before_models(p)
     target, folder = ROOT / "book" / "tuned" / f"{p.name}.json", ROOT / "results" / p.name / "artefacts" / "tuning"
     of = {"tasks": p.search.tasks, "examples": dict(p.sizes), "batch": p.batch_size}
     keys = {m: trials.trial_key(p.changed(hyperparameters={}), p.search.tasks, m, p.seeds[0]) for m in p.methods}
@@ -176,12 +238,12 @@ def run(profile: str, cores: str, until: str, results: Path | None = None) -> in
         RuntimeError: the results cannot be written.
     """
     p = load_profile(profile)
-    preflight(p)
+    folder = (results or ROOT / "results" / p.name).resolve()
+    preflight(p, folder)
     if said := too_few(p):
         print(said, flush=True)
     if Path(profile).suffix in (".yaml", ".yml"):
         profile = str(Path(profile).expanduser().resolve())
-    folder = (results or ROOT / "results" / p.name).resolve()
     check_writable(folder)
     command = [
         sys.executable, "-m", "snakemake", until, "--snakefile", str(ROOT / "Snakefile"), "--directory", str(ROOT),
@@ -235,6 +297,12 @@ def main(argv: list[str] | None = None) -> int:
     trial.add_argument("method")
     trial.add_argument("seed", type=int)
     trial.add_argument("--results", type=Path, required=True)
+    before = verbs.add_parser("check", help="check what a run needs before its first model loads")
+    before.add_argument("profile")
+    before.add_argument("--results", type=Path, required=True)
+    before.add_argument("--elsewhere", action="store_true", help="the jobs run on other machines")
+    verbs.add_parser("fetch", help="fetch models and questions for nodes without a network").add_argument("profile")
+    verbs.add_parser("plan", help="say what a profile needs, without its weights").add_argument("profile")
     tuned = verbs.add_parser("tune", help="choose the methods' hyperparameters on validation examples")
     tuned.add_argument("profile")
     tuned.add_argument("--cores", default="all", type=cores_of)
@@ -259,6 +327,15 @@ def main(argv: list[str] | None = None) -> int:
             print(choose(given.profile, (os.cpu_count() or 1) if given.cores == "all" else int(given.cores)))
         elif given.verb == "keep":
             print(keep(given.profile))
+        elif given.verb == "check":
+            before_models(load_profile(given.profile), given.results.resolve(), elsewhere=given.elsewhere)
+        elif given.verb == "fetch":
+            print("\n".join([*fetch(given.profile), "on the nodes set HF_HUB_OFFLINE=1 and HF_DATASETS_OFFLINE=1"]))
+        elif given.verb == "plan":
+            from semalign.planning.plan import markdown, plan
+
+            p = load_profile(given.profile)
+            print(markdown(plan(p, chapters_of(p))), end="")
         else:
             from semalign.pipeline.book import build_book
 

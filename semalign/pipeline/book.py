@@ -14,7 +14,8 @@ import nbformat
 import yaml
 
 from semalign.pipeline.notebooks import NOTEBOOKS, ROOT, chapters_of, contents, digest, missing
-from semalign.profiles import Profile, load_profile
+from semalign.planning.plan import markdown, plan
+from semalign.profiles import Profile, ProfileError, load_profile
 
 OPEN = "open"
 """The tag of a code cell that stays open on its page: one of the paper's own calls."""
@@ -58,6 +59,9 @@ def stage_book(p: Profile, results: Path) -> Path:
         page = "# Not in this run\n\nThese chapters need what the profile does not have:\n\n" + "\n".join(lines) + "\n"
         (stage / "book" / "left_out.md").write_text(page, encoding="utf-8")
         toc["parts"].append({"caption": f"Left out: {len(out)}", "chapters": [{"file": "book/left_out"}]})
+    if page := plan_page(p):
+        (stage / "book" / "plan.md").write_text(page, encoding="utf-8")
+        toc["parts"].append({"caption": "What it needs", "chapters": [{"file": "book/plan"}]})
     (stage / "_toc.yml").write_text(yaml.safe_dump(toc, sort_keys=False), encoding="utf-8")
     for name in chapters_of(p):
         notebook = nbformat.read(results / "notebooks" / f"{name}.ipynb", as_version=4)
@@ -69,6 +73,16 @@ def stage_book(p: Profile, results: Path) -> Path:
         notebook.cells.append(nbformat.v4.new_markdown_cell(_made(name, notebook, results)))
         nbformat.write(notebook, stage / "notebooks" / f"{name}.ipynb")
     return stage
+
+
+def plan_page(p: Profile) -> str:
+    """The page on what a profile needs, as markdown; empty where no model is of the hub, or one is unknown to plans."""
+    if not any(model.source == "hub" for model in p.models):
+        return ""
+    try:
+        return f"# What this profile needs\n\n{markdown(plan(p, chapters_of(p)))}"
+    except ProfileError:
+        return ""
 
 
 def _shown(cell: nbformat.NotebookNode) -> list[str]:
