@@ -115,12 +115,8 @@ def finding_box(name: str, p: Profile, kept: Numbers, run: Numbers) -> str:
 
 
 def readable_tables(html: str) -> str:
-    """Tables of a notebook's output as the book's style and a screen reader want them.
-
-    Every table is a ``dataframe``, whether pandas or its Styler wrote it; what heads no column is no header.
-    """
+    """Tables of a notebook's output as the book's style knows them: a ``dataframe``, whoever wrote it."""
     html = re.sub(r"<table([^>]*)>", lambda found: f"<table{_with_class(found[1])}>", html)
-    html = re.sub(r"<th([^>]*)>(\s|&nbsp;)*</th>", r"<td\1></td>", html)
     return html.replace('<tr style="text-align: right;">', "<tr>")
 
 

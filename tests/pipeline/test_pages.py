@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from semalign.pipeline import book, notebooks, pages, printing, slides
-from semalign.pipeline.reference import as_markup
+from semalign.pipeline.extension import as_markup, description, with_named_headers
 from semalign.profiles import declared, load_profile
 from semalign.report import load_metrics, save_metrics
 
@@ -102,14 +102,22 @@ def test_numbers_of_another_version_of_the_code_are_no_finding(monkeypatch: pyte
 
 
 def test_tables_have_one_class_and_no_header_without_a_name() -> None:
-    styled = (
-        '<style></style><table id="T_1"><thead><tr><th class="blank level0" >&nbsp;</th><th>a</th></tr></thead></table>'
-    )
+    styled = '<style></style><table id="T_1"><tr><th class="blank level0" >&nbsp;</th><th>a</th></tr></table>'
     plain = '<table border="1" class="dataframe"><tr style="text-align: right;"><th></th><th>a</th></tr></table>'
     one, two = pages.readable_tables(styled), pages.readable_tables(plain)
-    assert '<table id="T_1" class="dataframe">' in one and '<td class="blank level0" ></td>' in one
-    assert two == '<table class="dataframe"><tr><td></td><th>a</th></tr></table>'
+    assert '<table id="T_1" class="dataframe">' in one and two.startswith('<table class="dataframe"><tr><th>')
     assert '<table class="dataframe wide">' in pages.readable_tables('<table class="wide">')
+    assert with_named_headers(one).endswith('<td class="blank level0" ></td><th>a</th></tr></table>')
+    assert (
+        with_named_headers('<th class="head"><p></p></th><th><p>b</p></th>')
+        == '<td class="head"></td><th><p>b</p></th>'
+    )
+
+
+def test_a_description_is_short_and_ends_with_a_word() -> None:
+    assert description("Few\n  words.") == "Few words."
+    long = description("word " * 100)
+    assert len(long) <= 202 and long.endswith("word …")
 
 
 def test_what_a_page_asks_for_is_there_and_nothing_is_left_open(stage: Path) -> None:
