@@ -1,4 +1,4 @@
-// What scrolls sideways can be reached and moved by the keyboard, and says what it is.
+// What scrolls sideways, and what unfolds a list of pages, is reached by the keyboard and says what it is.
 (() => {
   const boxes = ".pst-scrollable-table-container, div.cell_output .output, .bd-content pre, .bd-content figure, .math";
   const mark = () => {
@@ -15,12 +15,18 @@
       }
     }
   };
+  const name = () => {
+    for (const handle of document.querySelectorAll("nav summary, .sidebar summary, .bd-sidebar-primary summary")) {
+      if (!handle.textContent.trim()) handle.setAttribute("aria-label", "pages below");
+    }
+  };
   let waiting = 0;
   const soon = () => {
     clearTimeout(waiting);
     waiting = setTimeout(mark, 100);
   };
   addEventListener("load", mark);
+  addEventListener("DOMContentLoaded", name);
   addEventListener("resize", soon);
   addEventListener("toggle", soon, true);
 })();

@@ -27,8 +27,12 @@ def _bars(part: str) -> str:
     return part if LITERAL.fullmatch(part) else part.replace("|", r"\|")
 
 
-def with_named_headers(body: str) -> str:
-    """A page's markup, in which a table's header that says nothing is a plain cell: a screen reader would read it."""
+def for_screen_readers(body: str) -> str:
+    """A page's markup without what a screen reader stumbles over.
+
+    A table's header that says nothing is a plain cell, and the entries of a bibliography are those of a list.
+    """
+    body = body.replace('role="doc-biblioentry"', 'role="listitem"')
     return re.sub(r"<th\b([^>]*)>((?:\s|&nbsp;|<p>|</p>)*)</th>", r"<td\1></td>", body)
 
 
@@ -47,7 +51,7 @@ def _page(app: Any, name: str, template: str, context: dict[str, Any], doctree: 
         return
     from docutils import nodes
 
-    context["body"] = with_named_headers(context.get("body", ""))
+    context["body"] = for_screen_readers(context.get("body", ""))
     found = [node for node in doctree.findall(nodes.admonition) if "finding" in node.get("classes", [])]
     paragraphs = [p for node in found or [doctree] for p in node.findall(nodes.paragraph) if p.astext().strip()]
     if paragraphs:
@@ -55,8 +59,16 @@ def _page(app: Any, name: str, template: str, context: dict[str, Any], doctree: 
         context["metatags"] = f'{context.get("metatags", "")}<meta name="description" content="{said}" />\n'
 
 
+def _sources(app: Any) -> list[Any]:
+    """Leave out of the list of sources the modules that have none, as Python's own: their links would be dead."""
+    known = getattr(app.env, "_viewcode_modules", {})
+    app.env._viewcode_modules = {name: entry for name, entry in known.items() if entry}
+    return []
+
+
 def setup(app: Any) -> dict[str, bool]:
     """Called by Sphinx; docstrings are prepared before napoleon, of priority 500, reads them."""
     app.connect("autodoc-process-docstring", _docstring, priority=400)
     app.connect("html-page-context", _page)
+    app.connect("html-collect-pages", _sources, priority=400)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

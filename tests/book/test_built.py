@@ -61,7 +61,7 @@ def test_no_link_inside_the_book_is_dead() -> None:
             name = unquote(parts.fragment)
             if not target.exists() or (name and target in found and name not in found[target].names):
                 dead.append(f"{page.relative_to(BUILT.resolve())}: {link}")
-    assert dead == []
+    assert not dead, "\n".join(dead)
 
 
 def test_pages_load_nothing_from_elsewhere() -> None:
@@ -119,7 +119,7 @@ def test_a_phone_shows_every_page_whole_and_what_scrolls_is_reached_by_the_keybo
         if (width := int(browser.ask(WIDE))) > PHONE:
             faults.append(f"{page.name} is {width} pixels wide")
         faults += [f"{page.name}: {e} scrolls and cannot be reached" for e in browser.ask(UNREACHABLE)]
-    assert faults == []
+    assert not faults, "\n".join(faults)
 
 
 @in_a_browser
@@ -132,7 +132,7 @@ def test_words_stand_out_from_their_ground_and_headers_have_a_name(browsers: dic
         faults += [f"{page.name}: {e} is faint" for e in browser.ask(FAINT)]
         if nameless := int(browser.ask(NAMELESS)):
             faults.append(f"{page.name}: {nameless} headers without a name")
-    assert faults == []
+    assert not faults, "\n".join(faults)
 
 
 @in_a_browser
@@ -148,4 +148,4 @@ def test_axe_finds_no_violation(browsers: dict[bool, Browser], dark: bool) -> No
         browser.open(page)
         browser.ask(script)
         faults += [f"{page.name}: {said}" for said in browser.ask(f"axe.run(document, {json.dumps(asked)}){told}")]
-    assert faults == []
+    assert not faults, "\n".join(faults)

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from semalign.pipeline import book, notebooks, pages, printing, slides
-from semalign.pipeline.extension import as_markup, description, with_named_headers
+from semalign.pipeline.extension import as_markup, description, for_screen_readers
 from semalign.profiles import declared, load_profile
 from semalign.report import load_metrics, save_metrics
 
@@ -107,11 +107,10 @@ def test_tables_have_one_class_and_no_header_without_a_name() -> None:
     one, two = pages.readable_tables(styled), pages.readable_tables(plain)
     assert '<table id="T_1" class="dataframe">' in one and two.startswith('<table class="dataframe"><tr><th>')
     assert '<table class="dataframe wide">' in pages.readable_tables('<table class="wide">')
-    assert with_named_headers(one).endswith('<td class="blank level0" ></td><th>a</th></tr></table>')
-    assert (
-        with_named_headers('<th class="head"><p></p></th><th><p>b</p></th>')
-        == '<td class="head"></td><th><p>b</p></th>'
-    )
+    assert for_screen_readers(one).endswith('<td class="blank level0" ></td><th>a</th></tr></table>')
+    empty, full = '<th class="head"><p></p></th>', "<th><p>b</p></th>"
+    assert for_screen_readers(empty + full) == f'<td class="head"></td>{full}'
+    assert for_screen_readers('<div role="doc-biblioentry">') == '<div role="listitem">'
 
 
 def test_a_description_is_short_and_ends_with_a_word() -> None:
