@@ -30,12 +30,12 @@ body { margin: 0; background: #fff }
 article.page { break-before: page }
 article.page section > h1 { margin-top: 0 }
 .cover { padding-top: 30vh; text-align: center }
-nav.contents { break-before: page }
-nav.contents ol { list-style: none; margin: 0; padding: 0 }
-nav.contents li { display: flex; gap: 0.6em; padding: 0.12em 0 }
-nav.contents li.part { font-weight: 600; padding-top: 0.9em }
-nav.contents li a { flex: 1; text-decoration: none }
-nav.contents li span { min-width: 3em; text-align: right }
+nav.toc-of-paper { break-before: page }
+nav.toc-of-paper ol { list-style: none; margin: 0; padding: 0 }
+nav.toc-of-paper li { display: flex; gap: 0.6em; padding: 0.12em 0 }
+nav.toc-of-paper li.part { font-weight: 600; padding-top: 0.9em }
+nav.toc-of-paper li a { flex: 1; text-decoration: none }
+nav.toc-of-paper li span { min-width: 3em; text-align: right }
 .controls, .onlyprint, .toctree-wrapper, button { display: none !important }
 """
 
@@ -136,7 +136,7 @@ def whole_book(stage: Path, numbers: Mapping[str, int] | None = None) -> str:
     return (
         f'<!doctype html><html lang="en" data-theme="light"><head><meta charset="utf-8"><title>{name}</title>'
         f'{_head(texts, root)}<style>{STYLE}</style></head><body><main class="bd-main bd-content">'
-        f'<h1 class="cover">{name}</h1><nav class="contents"><h2>Contents</h2><ol>{"".join(lines)}</ol></nav>'
+        f'<h1 class="cover">{name}</h1><nav class="toc-of-paper"><h2>Contents</h2><ol>{"".join(lines)}</ol></nav>'
         f"{''.join(articles)}</main></body></html>"
     )
 
