@@ -152,12 +152,16 @@ def findings_list(p: Profile, kept: Numbers, run: Numbers) -> str:
     """What every chapter found, a line each; of the kept run where it says something, else of this one."""
     from semalign.study.findings import FINDINGS, finding
 
-    lines = []
+    said = {}
     for name in (n for n in FINDINGS if n in chapters_of(p)):
-        full = finding(name, kept.get(name, {}))
-        if said := full or finding(name, run.get(name, {})):
-            lines.append(f"* [{title(name, p)}](../notebooks/{name}.ipynb). {said}{'' if full else ' (This run.)'}")
-    return "\n".join(lines) or "No chapter of this run has a number to tell."
+        full, own = (finding(name, numbers.get(name, {})) for numbers in (kept, run))
+        if full or own:
+            said[name] = full or f"{own}{' (This run.)' if kept else ''}"
+    if not said:
+        return "No chapter of this run has a number to tell."
+    whose = "Of [the full run](../notebooks/93_full_run.ipynb):" if kept else f"Of this run, of the profile `{p.name}`:"
+    lines = [f"* [{title(name, p)}](../notebooks/{name}.ipynb). {text}" for name, text in said.items()]
+    return "\n".join([whose, "", *lines])
 
 
 def flat(numbers: Numbers) -> Iterator[tuple[str, str, float | int | str | bool]]:

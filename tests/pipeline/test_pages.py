@@ -89,6 +89,15 @@ def test_the_full_run_comes_first_and_is_not_said_twice() -> None:
     assert pages.finding_box("01_semantics", p, {}, {}) == ""
 
 
+def test_the_front_page_says_whose_findings_it_lists() -> None:
+    p = load_profile("classroom")
+    numbers, other = {"01_semantics": COSINES}, {"13_rivals": {"differing": {"laten": 5, "laten_released": 0}}}
+    own, full = pages.findings_list(p, {}, numbers), pages.findings_list(p, numbers, other)
+    assert own.startswith("Of this run, of the profile `classroom`:") and "(This run.)" not in own
+    assert full.startswith("Of [the full run]") and full.count("(This run.)") == 1 and "one with 5. (This run.)" in full
+    assert "no number" not in full and pages.findings_list(p, {}, {}).startswith("No chapter")
+
+
 def test_numbers_of_another_version_of_the_code_are_no_finding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(pages, "ROOT", tmp_path)
     assert pages.kept_run() == ({}, "")
