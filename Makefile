@@ -12,10 +12,10 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book notebooks plan fetch tune keep test test-slurm bench zoo pico lint lock clean
+.PHONY: help setup book notebooks plan fetch tune keep test test-book test-slurm pdf slides bench zoo pico lint lock clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
 	@echo "  PROFILE=$(PROFILE) of: $$(ls notebooks/profiles | sed 's/\.yaml//' | tr '\n' ' ')or a yaml file; RESULTS=folder"
 
 setup: $(VENV)/.installed ## make .venv at the versions of requirements.lock
@@ -60,6 +60,20 @@ test: setup ## the test suite, a file at a time on each core
 
 test-slurm: setup ## a run on a one-node SLURM cluster made for it, killed and resumed (root on Debian)
 	@$(BIN)/python tests/cluster/slurm.py
+
+# The folder of the run that a target speaks of.
+RUN = $(if $(RESULTS),$(RESULTS),results/$(PROFILE))
+
+test-book: setup ## check the built book of PROFILE: links, and in a browser its tables, contrast, figure and axe-core
+	@test -f "$(RUN)/book/_build/html/index.html" || { echo "make: no book is built in $(RUN): call make book first"; exit 1; }
+	@$(BIN)/python tests/book/axe.py
+	@SEMALIGN_BOOK="$(RUN)/book/_build/html" OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/book/test_built.py tests/book/test_frame.py -rs
+
+pdf: setup ## print the built book of PROFILE as one file, by a Chromium
+	@$(BIN)/python -m semalign.pipeline pdf "$(PROFILE)" $(if $(RESULTS),--results "$(RESULTS)")
+
+slides: setup ## ten figures of a finished run of PROFILE with a sentence each, as one html file
+	@$(BIN)/python -m semalign.pipeline slides "$(PROFILE)" $(if $(RESULTS),--results "$(RESULTS)")
 
 bench: setup ## measure speed and memory against the obvious alternatives
 	@for script in tests/bench/bench_*.py; do $(BIN)/python $$script || exit 1; done

@@ -1,4 +1,4 @@
-"""The command line: ``run``, ``plan``, ``fetch``, ``tune``, ``keep``; for the Snakefile, its jobs and ``check``."""
+"""The command line: ``run``, ``plan``, ``fetch``, ``tune``, ``keep``, ``pdf``, ``slides``; and what the Snakefile calls."""
 
 from __future__ import annotations
 
@@ -202,6 +202,16 @@ def finished_trials(p: Profile, folder: Path) -> Iterator[dict[str, Any]]:
             yield trial
 
 
+def again(form: str, profile: str, results: Path | None) -> Path:
+    """A finished run in another form, ``pdf`` or ``slides``; returns where it is."""
+    from semalign.pipeline.printing import print_book
+    from semalign.pipeline.slides import make_slides
+
+    p = load_profile(profile)
+    folder = (results or ROOT / "results" / p.name).resolve()
+    return print_book(folder / "book") if form == "pdf" else make_slides(p, folder)
+
+
 def too_few(p: Profile) -> str:
     """Said before a run: that it asks too few questions to call a difference none, and how many it takes."""
     from semalign.study.analysis import too_few_questions
@@ -310,6 +320,10 @@ def main(argv: list[str] | None = None) -> int:
     book = verbs.add_parser("book", help="build the book from executed notebooks")
     book.add_argument("profile")
     book.add_argument("--results", type=Path, required=True)
+    for verb, what in {"pdf": "print a built book", "slides": "make slides of a finished run"}.items():
+        made = verbs.add_parser(verb, help=what)
+        made.add_argument("profile")
+        made.add_argument("--results", type=Path)
     given = parser.parse_args(argv)
     if make := os.environ.pop("SEMALIGN_MAKE_PID", ""):
         announce("SEMALIGN_MAKE", int(make))
@@ -336,6 +350,8 @@ def main(argv: list[str] | None = None) -> int:
 
             p = load_profile(given.profile)
             print(markdown(plan(p, chapters_of(p))), end="")
+        elif given.verb in ("pdf", "slides"):
+            print(again(given.verb, given.profile, given.results))
         else:
             from semalign.pipeline.book import build_book
 
