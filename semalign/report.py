@@ -83,9 +83,8 @@ def load_metrics(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
         return content["metrics"], content["provenance"]
     except FileNotFoundError:
         raise ValueError(f"there are no metrics at {path}: run the notebook that writes them") from None
-    except (ValueError, KeyError) as error:
-        said = "it lacks " + str(error) if isinstance(error, KeyError) else "its content is damaged"
-        raise ValueError(f"{path} is no metrics file ({said}): delete it and run its notebook again") from None
+    except (ValueError, KeyError):
+        raise ValueError(f"{path} is not a metrics file: delete it and run its notebook again") from None
 
 
 def provenance_table(provenance: Mapping[str, Any]) -> str:
