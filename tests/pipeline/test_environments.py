@@ -22,9 +22,8 @@ from semalign.pipeline.notebooks import ROOT
 PART = [
     "tests/test_profiles.py", "tests/lm/test_files.py", "tests/test_report.py",
     "tests/benchmarks/test_sandbox.py::test_outcomes_keep_the_order_and_say_why",
-    "tests/classroom/test_classroom.py::test_loading_needs_no_code_that_trains",
 ]  # fmt: skip
-"""Fast, and between them: files, locks, provenance with git, profiles by path, programs in the sandbox, imports."""
+"""Fast, and between them: files, locks, provenance with git, profiles by path, programs in the sandbox."""
 USERS = {"with an entry, nobody": 65534, "without an entry": 54321}
 
 
