@@ -12,10 +12,10 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book notebooks tune keep test bench zoo pico lint lock clean
+.PHONY: help setup book notebooks plan fetch tune keep test test-book test-slurm pdf slides bench zoo pico lint lock clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
 	@echo "  PROFILE=$(PROFILE) of: $$(ls notebooks/profiles | sed 's/\.yaml//' | tr '\n' ' ')or a yaml file; RESULTS=folder"
 
 setup: $(VENV)/.installed ## make .venv at the versions of requirements.lock
@@ -26,14 +26,14 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"make: Python 3.11, 3.12 or 3.13 is needed and $(PYTHON) is {v[0]}.{v[1]}: call make PYTHON=python3.12")'
 	@echo "== installing into $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install -q --disable-pip-version-check uv==$(UV)
+	@$(BIN)/pip install -qq --disable-pip-version-check uv==$(UV)
 	@if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then \
-	    $(BIN)/pip install -q torch==$(TORCH); \
+	    $(BIN)/pip install -qq torch==$(TORCH); \
 	 else \
-	    UV_HTTP_RETRIES=0 $(BIN)/uv pip install -q --python $(BIN)/python --torch-backend cpu torch==$(TORCH) 2>/dev/null \
-	    || $(BIN)/pip install -q torch==$(TORCH); \
+	    UV_HTTP_RETRIES=0 $(BIN)/uv pip install -qq --python $(BIN)/python --torch-backend cpu torch==$(TORCH) 2>/dev/null \
+	    || $(BIN)/pip install -qq torch==$(TORCH); \
 	 fi
-	@$(BIN)/uv pip install -q --python $(BIN)/python --no-deps -r requirements.lock -e .
+	@$(BIN)/uv pip install -qq --python $(BIN)/python --no-deps -r requirements.lock -e .
 	@touch $@
 
 # make's process number lets a notebook stop when make is killed, instead of running on unseen.
@@ -43,6 +43,12 @@ book: setup ## run the notebooks of PROFILE and build the book
 notebooks: setup ## run the notebooks of PROFILE without building the book
 	@SEMALIGN_MAKE_PID=$$PPID $(BIN)/python -m semalign.pipeline run "$(PROFILE)" --cores $(CORES) $(if $(RESULTS),--results "$(RESULTS)") --until notebooks
 
+plan: setup ## say what PROFILE needs: memory, disk, tokens, hours, and what will not fit
+	@$(BIN)/python -m semalign.pipeline plan "$(PROFILE)"
+
+fetch: setup ## bring the models and questions of PROFILE into the hub's cache, for nodes without a network
+	@$(BIN)/python -m semalign.pipeline fetch "$(PROFILE)"
+
 tune: setup ## choose each method's hyperparameters for PROFILE on validation examples, into book/tuned
 	@OMP_NUM_THREADS=1 $(BIN)/python -m semalign.pipeline tune "$(PROFILE)" $(if $(filter-out all,$(CORES)),--cores $(CORES))
 
@@ -51,6 +57,23 @@ keep: setup ## keep the numbers of a finished run of PROFILE in book/full_run, w
 
 test: setup ## the test suite, a file at a time on each core
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadfile
+
+test-slurm: setup ## a run on a one-node SLURM cluster made for it, killed and resumed (root on Debian)
+	@$(BIN)/python tests/cluster/slurm.py
+
+# The folder of the run that a target speaks of.
+RUN = $(if $(RESULTS),$(RESULTS),results/$(PROFILE))
+
+test-book: setup ## check the built book of PROFILE: links, and in a browser its tables, contrast, figure and axe-core
+	@test -f "$(RUN)/book/_build/html/index.html" || { echo "make: no book is built in $(RUN): call make book first"; exit 1; }
+	@$(BIN)/python tests/book/axe.py
+	@SEMALIGN_BOOK="$(RUN)/book/_build/html" OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/book/test_built.py tests/book/test_frame.py -rs
+
+pdf: setup ## print the built book of PROFILE as one file, by a Chromium
+	@$(BIN)/python -m semalign.pipeline pdf "$(PROFILE)" $(if $(RESULTS),--results "$(RESULTS)")
+
+slides: setup ## ten figures of a finished run of PROFILE with a sentence each, as one html file
+	@$(BIN)/python -m semalign.pipeline slides "$(PROFILE)" $(if $(RESULTS),--results "$(RESULTS)")
 
 bench: setup ## measure speed and memory against the obvious alternatives
 	@for script in tests/bench/bench_*.py; do $(BIN)/python $$script || exit 1; done
@@ -66,7 +89,7 @@ lint: setup ## ruff, mypy, imports that run one way, notebooks without outputs
 	@$(BIN)/nbstripout --verify notebooks/*.ipynb
 
 lock: setup ## refresh requirements.lock from pyproject.toml
-	@$(BIN)/uv pip compile -q --universal --python-version 3.11 --group dev --group packaged --no-annotate --no-header --upgrade pyproject.toml -o requirements.lock
+	@$(BIN)/uv pip compile -q --universal --python-version 3.11 --extra dev --group packaged --no-annotate --no-header --upgrade pyproject.toml -o requirements.lock
 
 clean: ## remove results and built books (not .venv)
 	rm -rf results .snakemake

@@ -13,24 +13,31 @@ from pathlib import Path
 sys.path.insert(0, workflow.basedir)
 from semalign.pipeline import book as the_book
 from semalign.pipeline import notebooks as chapters
-from semalign.pipeline.__main__ import lock, own, watch_owners
+from semalign.pipeline.__main__ import announce, check, disown, lock, watch_owners
+from semalign.planning.plan import job_needs
+from semalign.planning.preflight import GPU as GIVEN, preflight
 from semalign.profiles import load_profile
 
 PROFILE = str(config.get("profile", "classroom"))
 CHOSEN = load_profile(PROFILE)
-chapters.preflight(CHOSEN)
 RESULTS = Path(str(config.get("results", f"results/{CHOSEN.name}"))).as_posix()
+preflight(CHOSEN, Path(RESULTS))
 RUN = chapters.chapters_of(CHOSEN)
 DIGESTS = chapters.digests(CHOSEN)
 TRIAL_DIGEST = chapters.run_digest(CHOSEN)
 chapters.adopt(Path(RESULTS), DIGESTS)
 GPU = int(CHOSEN.device != "cpu")  # jobs that share a GPU run one after another
-# The small models of a CPU profile gain nothing from a second thread: notebooks run side by side instead.
-THREADS = (workflow.cores or 1) if GPU else 1
+# The small models of a CPU profile gain nothing from a second thread: notebooks run side by side instead. A GPU is fed
+# by a few, whatever the machine has.
+THREADS = 4 if GPU else 1
 PYTHON = config.get("python", sys.executable)
+REMOTE = workflow.remote_exec  # this is a job of a cluster: it outlives the process that submitted it
 
+if REMOTE:
+    disown()
+    os.environ[GIVEN] = str(GPU)
 watch_owners()
-own("SEMALIGN_SNAKEMAKE", os.getpid())
+announce("SEMALIGN_SNAKEMAKE", os.getpid())
 
 
 def made(name):
@@ -40,6 +47,7 @@ def made(name):
 
 onstart:
     lock(RESULTS)
+    check(PROFILE, RESULTS, elsewhere=not workflow.local_exec)
 
 
 localrules: notebooks, book
@@ -77,8 +85,10 @@ rule trial:
         profile=PROFILE, results=RESULTS, python=PYTHON,
     threads: 1
     priority: -100
+    group:
+        "trials_{task}"  # on a cluster the trials of a task share jobs, of as many as group-components says
     resources:
-        gpu=GPU,
+        gpu=GPU, turn=1, **job_needs(CHOSEN, "trial"),
     shell:
         "OMP_NUM_THREADS={threads} {params.python:q} -m semalign.pipeline trial {params.profile:q} {wildcards.task} "
         "{wildcards.method} {wildcards.seed} --results {params.results:q}"
@@ -103,7 +113,7 @@ for name in RUN:
         threads: THREADS
         priority: -list(RUN).index(name)
         resources:
-            gpu=GPU,
+            gpu=GPU, **job_needs(CHOSEN, name),
         shell:
             "OMP_NUM_THREADS={threads} {params.python:q} -m semalign.pipeline notebook {params.notebook} "
             "{params.profile:q} --results {params.results:q} --planned {params.digest}"

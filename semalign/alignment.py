@@ -26,12 +26,12 @@ from transformers import PreTrainedModel
 
 from semalign.attribution import layer_attribution
 from semalign.lm.examples import Encoded, TaskData, collate, encode, supervised
-from semalign.lm.hooks import SUBLAYERS, capture, check_sublayers, logits_of
+from semalign.lm.hooks import SUBLAYERS, capture, check_sublayers
 from semalign.lm.parts import Model, decoder_layers, fingerprint, head_weight, norm_gain
 from semalign.models import Pair
 from semalign.pairing import critical_pair, depth_pairs, interpolation
 from semalign.semantics import semantic_map
-from semalign.supervision import Source, SupervisionCache
+from semalign.supervision import Source, SupervisionCache, float_logits
 from semalign.training.config import TransferConfig, TransferResult, costs
 from semalign.training.loop import PROJECTION, Run, Stage, train
 from semalign.training.losses import DIVERGENCES, LAYER_LOSSES, head_factor, output_loss
@@ -198,8 +198,8 @@ def choose_layers(
     if layers is None:
         examples = encode(pair.tokenizer, data.extract or data.align or data.train, max_length=config.max_length)
         scores = torch.zeros(n_teacher)
-        for at in range(0, len(examples), config.micro_batch):
-            batch = collate(examples[at : at + config.micro_batch], 0, head_weight(teacher).device)
+        for example in examples:  # one by one: the tensors kept for a teacher's backward pass are the peak of a run
+            batch = collate([example], 0, head_weight(teacher).device)
             point, reduce = config.attribution_point, config.attribution_reduce
             part = layer_attribution(teacher, batch, point=point, reduce=reduce).cpu()
             scores += part * int(supervised(batch["labels"]).sum())
@@ -245,7 +245,7 @@ def objective_of(
     def read_output(kind: str, final: Tensor, following: Tensor, rows: np.ndarray) -> Tensor:
         top = supervision.teacher_top(rows) if kind in DIVERGENCES else ()
         return output_loss(
-            kind, final, following, lambda states: logits_of(student, states), head,
+            kind, final, following, lambda states: float_logits(student, states), head,
             factor=factor, teacher=top, vocabulary=vocabulary,
         )  # fmt: skip
 
@@ -255,12 +255,23 @@ def objective_of(
         taps = [(k, config.interface) for k in stage.layers] if config.layer_weight else []
         with capture(student, taps) as seen:
             final = stage.forward(stage.read(examples), batch["attention_mask"])
+        with torch.autocast(device.type, enabled=False):  # which would round the operands of every product below
+            return losses(stage, examples, batch["labels"], mask, rows, {tap: seen[tap][mask] for tap in taps}, final)
+
+    def losses(
+        stage: Stage,
+        examples: list[int],
+        labels: Tensor,
+        mask: Tensor,
+        rows: np.ndarray,
+        seen: dict[tuple[int, str], Tensor],
+        final: Tensor,
+    ) -> dict[str, Tensor]:
         sums: dict[str, Any] = dict.fromkeys(("layer_loss", "cos", "norm_ratio"), torch.zeros((), device=device))
         projection = getattr(student, PROJECTION, None)
-        for tap in taps:
+        for tap, states in seen.items():
             target, norm = controlled_targets(config, supervision, layers.index(tap[0]), examples, rows, device)
-            h = seen[tap][mask].float()
-            h = h if projection is None else h @ projection.float().T
+            h = states.float() if projection is None else states.float() @ projection.float().T
             plain = h.detach()
             comparable = plain.shape == target.shape
             of_layer = {
@@ -268,8 +279,8 @@ def objective_of(
                 "cos": F.cosine_similarity(plain, target, dim=-1) if comparable else torch.full_like(norm, math.nan),
                 "norm_ratio": plain.norm(dim=-1) / (norm * target.norm(dim=-1)),
             }
-            sums = {n: sums[n] + of_layer[n].sum() / len(taps) for n in sums}
-        following = batch["labels"].roll(-1, dims=1)[mask]
+            sums = {n: sums[n] + of_layer[n].sum() / len(seen) for n in sums}
+        following = labels.roll(-1, dims=1)[mask]
         sums["output_loss"] = read_output(config.output_loss, final[mask], following, rows).sum()
         sums["label_loss"] = read_output("ce" if config.label_weight else "none", final[mask], following, rows).sum()
         return sums

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub import errors as hub_errors
-from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from semalign.lm.parts import embedding_weight
 from semalign.packaged import ModelUnavailable, converted_folder, load_whole
-from semalign.profiles import Source, TrialSettings, load_profile, source_of
+from semalign.profiles import Hub, Source, TrialSettings, load_profile, source_of
 
 
 class VocabularyMismatch(ValueError):
@@ -158,6 +158,21 @@ def _hub_trouble(name: str, revision: str) -> Iterator[None]:
             ) from None
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelUnavailable(f"{name} ({revision}) cannot be read from the hub ({reason}): {elsewhere}") from None
+
+
+def download(source: Hub) -> Path:
+    """Bring a model of the hub into the hub's cache, for machines that cannot reach it; returns where it lies there.
+
+    Of a model in several formats the one that is loaded is taken: safetensors where there are any.
+
+    Raises:
+        ModelUnavailable: it is gated, unreachable or missing, or the disk is full.
+    """
+    with _hub_trouble(source.id, source.revision):
+        names = HfApi().list_repo_files(source.id, revision=source.revision)
+        weights = "*.safetensors" if any(name.endswith(".safetensors") for name in names) else "*.bin"
+        wanted = [weights, "*.json", "*.model", "*.txt", "*.jinja"]
+        return Path(snapshot_download(source.id, revision=source.revision, allow_patterns=wanted))
 
 
 def _folder(path: str) -> _Opened:

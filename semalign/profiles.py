@@ -164,9 +164,10 @@ class Sizes(_Strict):
 
 
 class Regimes(_Strict):
-    """Of the map of regimes: how many training examples, and on which tasks (by default the profile's first)."""
+    """Of the map of regimes: how many training examples, in how many steps, on which tasks (by default the first)."""
 
     examples: list[Annotated[int, Field(ge=1)]] = Field([8, 32, 128], min_length=1)
+    steps: int = Field(120, ge=2)  # optimizer steps of every cell, about
     tasks: list[str] = []
 
 
@@ -261,11 +262,20 @@ class Profile(TrialSettings):
         return [task for task in self.tasks if declared("benchmarks")[task].get("programs")]
 
     @property
+    def answering(self) -> list[Source]:
+        """The models that answer questions, or whose students do."""
+        named = [self.teacher, self.student, self.smaller_student, *self.siblings, *self.kin_teachers]
+        return [model for model in (*named, *self.fine_tuned_teachers.values()) if model is not None]
+
+    @property
+    def models(self) -> list[Source]:
+        """Every model that the profile names."""
+        return [*self.answering, self.semantics_model]
+
+    @property
     def isolation(self) -> str:
         """The least sandbox level: limits suffice for programs by models of ours, others' need namespaces."""
-        answering = [self.teacher, self.student, self.smaller_student, *self.siblings, *self.kin_teachers]
-        answering += self.fine_tuned_teachers.values()
-        ours = all(model is None or isinstance(model, Pico | Random) for model in answering)
+        ours = all(isinstance(model, Pico | Random) for model in self.answering)
         return "rlimits" if ours else "namespace"
 
     def protocol(self, task: str) -> str:

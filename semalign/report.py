@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from semalign.lm.files import read_json, write_json
+from semalign.planning.preflight import before_models
 from semalign.profiles import Profile, ProfileError, load_profile
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,6 +36,7 @@ def opened(profile: str, results: str | Path | None, changes: Mapping[str, Any])
     Raises:
         ProfileError: the profile is unknown or malformed, or a profile's values were given as parameters, which no cell
             would read.
+        ProfileError, SandboxError, DataError: as :func:`semalign.planning.preflight.before_models`.
     """
     beside = vars(sys.modules["__main__"])
     if sources := [k for k in ("teacher", "student") if isinstance(beside.get(k), dict) and "source" in beside[k]]:
@@ -46,6 +48,7 @@ def opened(profile: str, results: str | Path | None, changes: Mapping[str, Any])
     folder = Path(results).expanduser().resolve() if results else ROOT / "results" / p.name
     for part in ("artefacts", "metrics"):
         (folder / part).mkdir(parents=True, exist_ok=True)
+    before_models(p, folder)
     return p, folder
 
 

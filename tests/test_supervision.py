@@ -112,7 +112,12 @@ def test_found_again_without_running_the_teacher_and_keyed_by_everything(tmp_pat
     assert manifest["key"] == first.key and manifest["arrays"]["target_0"]["shape"] == [first.arrays["offsets"][-1], 32]
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest"])
+def left_in(root: Path) -> list[Path]:
+    """What is in a folder of caches, but for the file that builders lock."""
+    return [p for p in root.iterdir() if p.name != ".lock"]
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest", "listed", "no folder", "link"])
 def test_a_damaged_cache_is_rebuilt_with_a_warning(tmp_path: Path, damage: str) -> None:
     teacher, data = tiny_llama(3), toy_data(3)
     whole = SupervisionCache.build(tmp_path, teacher, data, [Source(2, 2)])
@@ -125,8 +130,14 @@ def test_a_damaged_cache_is_rebuilt_with_a_warning(tmp_path: Path, damage: str) 
         path.write_bytes(content[:-8])
     elif damage == "remove":
         path.unlink()
-    else:
+    elif damage == "manifest":
         (whole.folder / "manifest.json").write_text("{")
+    elif damage == "listed":
+        manifest = json.loads((whole.folder / "manifest.json").read_text())
+        (whole.folder / "manifest.json").write_text(json.dumps({**manifest, "arrays": list(manifest["arrays"])}))
+    else:
+        shutil.move(whole.folder, tmp_path / "elsewhere")
+        whole.folder.write_text("a file") if damage == "no folder" else whole.folder.symlink_to(tmp_path / "elsewhere")
     with pytest.warns(UserWarning, match=r"damaged .* rebuilt"):
         rebuilt = SupervisionCache.build(tmp_path, teacher, data, [Source(2, 2)])
     assert torch.equal(rebuilt.target(0, rebuilt.rows([0, 1, 2]))[0], expected)
@@ -137,7 +148,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path, monkeypa
         patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 0, 10))
         with pytest.raises(OSError, match=rf"needs [\d,]+ bytes in {tmp_path}"):
             SupervisionCache.build(tmp_path, tiny_llama(3), toy_data(2), [Source(2, 2)])
-    assert [p.name for p in tmp_path.iterdir()] == [".lock"]
+    assert not left_in(tmp_path)
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -145,7 +156,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path, monkeypa
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(OSError, match=r"needs .* choose another folder"):
         SupervisionCache.build(tmp_path, tiny_llama(3), toy_data(2), [Source(2, 2)])
-    assert not list(tmp_path.iterdir())
+    assert not left_in(tmp_path)
 
 
 def test_an_error_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
@@ -159,7 +170,7 @@ def test_an_error_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
     teacher.model.layers[0].register_forward_hook(fail)
     with pytest.raises(RuntimeError, match="stop"):
         SupervisionCache.build(tmp_path, teacher, toy_data(4), [Source(2, 2)], batch_tokens=1)
-    assert not list(tmp_path.iterdir())
+    assert not left_in(tmp_path)
 
 
 def test_a_killed_builder_leaves_no_cache_and_the_next_one_cleans_up(tmp_path: Path) -> None:
@@ -171,9 +182,9 @@ def test_a_killed_builder_leaves_no_cache_and_the_next_one_cleans_up(tmp_path: P
         SupervisionCache.build(tmp_path, teacher, toy_data(3), [Source(2, 2)])
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    assert [p.name[0] for p in tmp_path.iterdir()] == ["."], "only the hidden partial folder"
+    assert [p.name[0] for p in left_in(tmp_path)] == ["."], "only the hidden partial folder"
     cache = SupervisionCache.build(tmp_path, tiny_llama(3), toy_data(3), [Source(2, 2)])
-    assert cache.teacher_tokens > 0 and list(tmp_path.iterdir()) == [cache.folder]
+    assert cache.teacher_tokens > 0 and left_in(tmp_path) == [cache.folder]
 
 
 @pytest.mark.parametrize("source", [Source(0, 0), Source(2, 4), Source(1, 1, point="logits")])
@@ -188,7 +199,7 @@ def test_refuses_a_teacher_that_is_not_finite(tmp_path: Path) -> None:
         teacher.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match="not finite in float16"):
         SupervisionCache.build(tmp_path, teacher, toy_data(2), [Source(2, 2)])
-    assert not list(tmp_path.iterdir())
+    assert not left_in(tmp_path)
 
 
 def test_rows_cover_every_supervised_position_once(tmp_path: Path) -> None:

@@ -123,16 +123,16 @@ def items(subject: str, split: str) -> tuple[Item, ...]:
     shares = (EASY / 2, EASY / 2, 1 - EASY) if subject == "gsm8k" else (2, 2, 1)
     while len(found) < size:
         kind = rng.choices(range(3), shares)[0]
-        item, own = None, ""
-        while item is None or problems.split_of(item.signature) != split or own in seen:
+        item, signature = None, ""
+        while item is None or problems.split_of(item.signature) != split or signature in seen:
             if subject == "gsm8k":
                 problem = problems.word_problem(rng) if kind == 2 else problems.easy_problem(rng, kind + 1)
                 item = problem_item(problem, split)
             else:
                 make = completion_item if subject == "humaneval" else text_item
                 item = make(problems.program(rng, PARAMS[kind]), split, len(found))
-            own = item.record["question"] if subject == "gsm8k" and kind < 2 else item.signature
-        seen.add(own)
+            signature = item.record["question"] if subject == "gsm8k" and kind < 2 else item.signature
+        seen.add(signature)
         found.append(item)
     return tuple(found)
 
@@ -145,9 +145,9 @@ def _asked(split: str, size: int, rng: random.Random) -> list[tuple[facts.Fact, 
     """
     if split == "placebo":
         return [(f, 2) for f in facts.invented(size, rng)]
-    own = [f for f in facts.facts() if f.split == split]
+    of_split = [f for f in facts.facts() if f.split == split]
     taught = [f for f in facts.facts() if f.taught] if split == "train" else []
-    rounds = [[(f, 2 - again) for f in own] + [(f, 1 - again) for f in taught] for again in (0, 1)]
+    rounds = [[(f, 2 - again) for f in of_split] + [(f, 1 - again) for f in taught] for again in (0, 1)]
     for asked in rounds:
         rng.shuffle(asked)
     return [*rounds[0], *rounds[1]][:size]

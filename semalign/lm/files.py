@@ -90,13 +90,13 @@ def _sum_of(content: Mapping[str, Any]) -> str:
 
 
 def save_tensors(path: Path, content: Any) -> None:
-    """``torch.save``, whole or not at all, behind the checksum of what it wrote."""
+    """``torch.save``, whole or not at all; its checksum follows at the end, where ``torch.load`` does not look."""
     import torch  # here: what plans a run writes text alone, and must not wait for it
 
     buffer = io.BytesIO()
     torch.save(content, buffer)
     written = buffer.getvalue()
-    write_bytes(path, hashlib.sha256(written).digest() + written)
+    write_bytes(path, written + hashlib.sha256(written).digest())
 
 
 def load_tensors(path: Path, device: Any = "cpu") -> Any:
@@ -109,9 +109,9 @@ def load_tensors(path: Path, device: Any = "cpu") -> Any:
 
     content = path.read_bytes()
     size = hashlib.sha256().digest_size
-    if hashlib.sha256(content[size:]).digest() != content[:size]:
+    if hashlib.sha256(content[:-size]).digest() != content[-size:]:
         raise ValueError(f"{path} is damaged (its checksum differs): delete it, and what it held is made again")
-    return torch.load(io.BytesIO(content[size:]), weights_only=True, map_location=device)
+    return torch.load(io.BytesIO(content[:-size]), weights_only=True, map_location=device)
 
 
 def reserve(descriptor: int, size: int) -> None:

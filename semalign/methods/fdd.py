@@ -100,7 +100,8 @@ def transfer(
             ours = torch.stack([seen[k, "stream"][mask] for _, k in paired], 1)
             targets = [supervision.target(j, rows) for j in range(len(paired))]
             theirs = torch.stack([h * norm[:, None] for h, norm in targets], 1).to(student.device)
-            trajectory, delta = dynamics(ours, theirs, read_student, read_teacher, vocabulary)
+            with torch.autocast(student.device.type, enabled=False):
+                trajectory, delta = dynamics(ours, theirs, read_student, read_teacher, vocabulary)
             sums |= {"trajectory": trajectory.sum(), "delta": delta.sum()}
             sums["layer_loss"] = trajectory_weight * sums["trajectory"] + delta_weight * sums["delta"]
             return {name: value for name, value in sums.items() if name not in ("cos", "norm_ratio")}

@@ -19,7 +19,7 @@ class Method:
 
     ``colour`` is its own in every figure. Without ``tuned`` nothing of it is chosen on validation examples; one that
     ``follows`` another takes over what was chosen for that. Without ``seeded`` it draws nothing, so that one run is
-    all there is.
+    all there is. ``least_epochs`` is how few it can train for.
     """
 
     title: str
@@ -32,6 +32,7 @@ class Method:
     tuned: bool = True
     seeded: bool = True
     follows: str = ""
+    least_epochs: int = 1
 
 
 def own_options(method: Method) -> set[str]:

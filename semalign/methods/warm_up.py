@@ -52,6 +52,6 @@ def transfer(
 METHODS = {
     "warm_up": Method(
         "states first, then labels", transfer, "train", "LoRA on all layers", "states of all layers", True,
-        colour="#8822cc",
+        colour="#8822cc", least_epochs=2,
     )
 }  # fmt: skip

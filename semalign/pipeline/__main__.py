@@ -1,4 +1,4 @@
-"""The command line: ``run``, ``tune``, ``keep``; and, for the Snakefile, ``notebook``, ``trial`` and ``book``."""
+"""The command line: ``run``, ``plan``, ``fetch``, ``tune``, ``keep``, ``pdf``, ``slides``; and what the Snakefile calls."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from semalign.lm.files import read_json
-from semalign.pipeline.notebooks import KEPT_ELSEWHERE, ORDER, ROOT, chapters_of, preflight, run_digest, stamp
+from semalign.pipeline.notebooks import KEPT_ELSEWHERE, ORDER, ROOT, chapters_of, run_digest, stamp
+from semalign.planning.preflight import CHECKED, asks_more, before_models, checked, disks, preflight, tokens
 from semalign.profiles import Profile, load_profile
 
 _LOCKS: list[Any] = []  # open lock files: closing one would release it
@@ -43,9 +44,15 @@ OWNERS = ("SEMALIGN_MAKE", "SEMALIGN_RUN", "SEMALIGN_SNAKEMAKE")
 """Where a process of a run finds those that it must not outlive, as HOST:PID: on another host of a cluster it may."""
 
 
-def own(name: str, pid: int) -> None:
+def announce(name: str, pid: int) -> None:
     """Let what this process starts know that it must not outlive ``pid``, under one of :data:`OWNERS`."""
     os.environ[name] = f"{socket.gethostname()}:{pid}"
+
+
+def disown() -> None:
+    """Let this process, and what it starts, outlive whoever submitted it: the jobs of a cluster go on by themselves."""
+    for name in OWNERS:
+        os.environ.pop(name, None)
 
 
 def watch_owners() -> None:
@@ -67,12 +74,66 @@ def watch_owners() -> None:
     threading.Thread(target=loop, daemon=True).start()
 
 
+def check(profile: str, results: str, *, elsewhere: bool) -> None:
+    """All that can be checked before the first job, for the Snakefile; jobs on this machine need not look again.
+
+    What needs a model library is looked at in a process of its own, which ends and leaves Snakemake small.
+
+    Args:
+        elsewhere: the jobs run on other machines, which check their own device and sandbox.
+
+    Raises:
+        SystemExit: something is missing, and the process has said what.
+    """
+    p = load_profile(profile)
+    if not asks_more(p, elsewhere=elsewhere):
+        return
+    command = [sys.executable, "-m", "semalign.pipeline", "check", profile, "--results", results]
+    if subprocess.run([*command, *(["--elsewhere"] if elsewhere else [])]).returncode:
+        sys.exit(1)
+    if p.data == "benchmarks":
+        os.environ[CHECKED] = checked(p)
+
+
+def fetch(profile: str) -> list[str]:
+    """Bring a profile's models and questions into the caches of the hub, for nodes that have no network.
+
+    Returns:
+        What is there now, a line each.
+
+    Raises:
+        RuntimeError: something cannot be had; the one sentence names all of it, and the rest has been fetched.
+        ProfileError: a gated model without a token, or a disk without room.
+    """
+    from semalign import benchmarks, models
+    from semalign.profiles import Hub
+
+    p = load_profile(profile)
+    tokens(p)
+    disks(p, None)
+    there, missing = [], []
+    for model in {(m.id, m.revision): m for m in p.models if isinstance(m, Hub)}.values():
+        try:
+            there.append(f"{model.id} at {models.download(model)}")
+        except models.ModelUnavailable as error:
+            missing.append(str(error))
+    for task in p.tasks if p.data == "benchmarks" else ():
+        try:
+            asked, learned = len(benchmarks.load_items(task)), benchmarks.task_data(task)
+            there.append(f"{task}: {asked} questions, {len(learned.train)} training examples")
+        except benchmarks.DataError as error:
+            missing.append(str(error))
+    if missing:
+        raise RuntimeError(f"of profile {p.name} this cannot be fetched: {'; '.join(missing)}")
+    return there
+
+
 def make_trial(profile: str, task: str, method: str, seed: int, results: Path) -> None:
     """One trial of a profile, in the file that the notebooks look for."""
     from semalign.study import trials
 
     p, started = load_profile(profile), time.monotonic()
-    preflight(p)
+    before_models(p, results)
     folder = results / "artefacts" / "trials"
     trials.run_trial(p, task, method, seed, folder, others=p.others)
     stamp(folder / task / f"{method}-{seed}.json", run_digest(p))
@@ -82,21 +143,28 @@ def make_trial(profile: str, task: str, method: str, seed: int, results: Path) -
 def choose(profile: str, cores: int) -> Path:
     """Tune every method of a profile that has draws of its own, and keep draws and choices in ``book/tuned``.
 
-    The trials are kept in the profile's results, so that a run that was stopped goes on where it was.
+    What a method chose is kept at once, and a method that has chosen by the same code on the same data is not tuned
+    again: a run that was stopped goes on where it was.
     """
-    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures import ProcessPoolExecutor, as_completed
 
-    from semalign.report import save_metrics
+    from semalign.report import load_metrics, save_metrics
     from semalign.study import trials, tuning
 
     p = load_profile(profile)
+    before_models(p)
     target, folder = ROOT / "book" / "tuned" / f"{p.name}.json", ROOT / "results" / p.name / "artefacts" / "tuning"
-    with ProcessPoolExecutor(cores) as pool:
-        running = {m: pool.submit(tuning.tune, p, m, folder, tuning.DRAWS) for m in tuning.tuned_methods(p.methods)}
-        methods = {method: tried.result() for method, tried in running.items()}
     of = {"tasks": p.search.tasks, "examples": dict(p.sizes), "batch": p.batch_size}
-    metrics = {**of, "methods": methods, "code": trials.code_key()}
-    save_metrics(target, metrics, seeds=p.seeds[:1], profile=p.name)
+    keys = {m: trials.trial_key(p.changed(hyperparameters={}), p.search.tasks, m, p.seeds[0]) for m in p.methods}
+    kept = load_metrics(target)[0]["methods"] if target.exists() else {}
+    methods = {m: tried for m, tried in kept.items() if tried["key"] == keys.get(m)}
+    with ProcessPoolExecutor(cores) as pool:
+        waiting = [m for m in tuning.tuned_methods(p.methods) if m not in methods]
+        running = {pool.submit(tuning.tune, p, m, folder, tuning.DRAWS): m for m in waiting}
+        for tried in as_completed(running):
+            method = running[tried]
+            methods[method] = {**tried.result(), "key": keys[method]}
+            save_metrics(target, {**of, "methods": methods}, seeds=p.seeds[:1], profile=p.name)
     return target
 
 
@@ -132,6 +200,16 @@ def finished_trials(p: Profile, folder: Path) -> Iterator[dict[str, Any]]:
         of_profile = trial["method"] in ("teacher", "none", *p.methods) and trial["seed"] in p.seeds
         if of_profile or trial["variant"]:
             yield trial
+
+
+def again(form: str, profile: str, results: Path | None) -> Path:
+    """A finished run in another form, ``pdf`` or ``slides``; returns where it is."""
+    from semalign.pipeline.printing import print_book
+    from semalign.pipeline.slides import make_slides
+
+    p = load_profile(profile)
+    folder = (results or ROOT / "results" / p.name).resolve()
+    return print_book(folder / "book") if form == "pdf" else make_slides(p, folder)
 
 
 def too_few(p: Profile) -> str:
@@ -170,20 +248,23 @@ def run(profile: str, cores: str, until: str, results: Path | None = None) -> in
         RuntimeError: the results cannot be written.
     """
     p = load_profile(profile)
-    preflight(p)
+    folder = (results or ROOT / "results" / p.name).resolve()
+    preflight(p, folder)
     if said := too_few(p):
         print(said, flush=True)
     if Path(profile).suffix in (".yaml", ".yml"):
         profile = str(Path(profile).expanduser().resolve())
-    folder = (results or ROOT / "results" / p.name).resolve()
     check_writable(folder)
     command = [
         sys.executable, "-m", "snakemake", until, "--snakefile", str(ROOT / "Snakefile"), "--directory", str(ROOT),
         "--cores", cores, "--resources", "gpu=1", "--nolock", "--rerun-incomplete",
         "--config", f"profile={profile}", f"results={folder}", "--rerun-triggers", "software-env",
         "--quiet", "rules", "progress", "host", "reason",
+        # What profiles/default says, without a line about it: nothing is kept in a home folder.
+        "--workflow-profile", "none",
+        "--shared-fs-usage", "persistence", "input-output", "software-deployment", "sources", "storage-local-copies",
     ]  # fmt: skip
-    own("SEMALIGN_RUN", os.getpid())
+    announce("SEMALIGN_RUN", os.getpid())
     code = subprocess.run(command).returncode
     if code == 0 and until == "book":
         print(f"the book: {folder / 'book' / '_build' / 'html' / 'index.html'}")
@@ -226,6 +307,12 @@ def main(argv: list[str] | None = None) -> int:
     trial.add_argument("method")
     trial.add_argument("seed", type=int)
     trial.add_argument("--results", type=Path, required=True)
+    before = verbs.add_parser("check", help="check what a run needs before its first model loads")
+    before.add_argument("profile")
+    before.add_argument("--results", type=Path, required=True)
+    before.add_argument("--elsewhere", action="store_true", help="the jobs run on other machines")
+    verbs.add_parser("fetch", help="fetch models and questions for nodes without a network").add_argument("profile")
+    verbs.add_parser("plan", help="say what a profile needs, without its weights").add_argument("profile")
     tuned = verbs.add_parser("tune", help="choose the methods' hyperparameters on validation examples")
     tuned.add_argument("profile")
     tuned.add_argument("--cores", default="all", type=cores_of)
@@ -233,9 +320,13 @@ def main(argv: list[str] | None = None) -> int:
     book = verbs.add_parser("book", help="build the book from executed notebooks")
     book.add_argument("profile")
     book.add_argument("--results", type=Path, required=True)
+    for verb, what in {"pdf": "print a built book", "slides": "make slides of a finished run"}.items():
+        made = verbs.add_parser(verb, help=what)
+        made.add_argument("profile")
+        made.add_argument("--results", type=Path)
     given = parser.parse_args(argv)
     if make := os.environ.pop("SEMALIGN_MAKE_PID", ""):
-        own("SEMALIGN_MAKE", int(make))
+        announce("SEMALIGN_MAKE", int(make))
     watch_owners()
     try:
         if given.verb == "run":
@@ -250,6 +341,17 @@ def main(argv: list[str] | None = None) -> int:
             print(choose(given.profile, (os.cpu_count() or 1) if given.cores == "all" else int(given.cores)))
         elif given.verb == "keep":
             print(keep(given.profile))
+        elif given.verb == "check":
+            before_models(load_profile(given.profile), given.results.resolve(), elsewhere=given.elsewhere)
+        elif given.verb == "fetch":
+            print("\n".join([*fetch(given.profile), "on the nodes set HF_HUB_OFFLINE=1 and HF_DATASETS_OFFLINE=1"]))
+        elif given.verb == "plan":
+            from semalign.planning.plan import markdown, plan
+
+            p = load_profile(given.profile)
+            print(markdown(plan(p, chapters_of(p))), end="")
+        elif given.verb in ("pdf", "slides"):
+            print(again(given.verb, given.profile, given.results))
         else:
             from semalign.pipeline.book import build_book
 

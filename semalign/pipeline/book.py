@@ -13,8 +13,10 @@ from typing import Any
 import nbformat
 import yaml
 
-from semalign.pipeline.notebooks import NOTEBOOKS, ROOT, chapters_of, contents, digest, missing
-from semalign.profiles import Profile, load_profile
+from semalign.pipeline import pages
+from semalign.pipeline.notebooks import ROOT, chapters_of, contents, digest, missing
+from semalign.planning.plan import markdown, plan
+from semalign.profiles import Profile, ProfileError, load_profile
 
 OPEN = "open"
 """The tag of a code cell that stays open on its page: one of the paper's own calls."""
@@ -35,40 +37,71 @@ def stage_book(p: Profile, results: Path) -> Path:
     """Lay the prose, the executed notebooks and the configuration side by side, as the book's source folder.
 
     Pages keep their paths in the repository, which the launch buttons need. Chapters that the profile leaves out are
-    named on a page of their own, and links to them become plain text.
+    named on a page of their own, and links to them become plain text. What :mod:`semalign.pipeline.pages` computes is
+    put in its places.
     """
     stage = results / "book"
     shutil.rmtree(stage, ignore_errors=True)
     out = missing(p)
+    (kept, _), run = pages.kept_run(), pages.run_numbers(p, results)
+    parts = {
+        "data": pages.data_table(p),
+        "findings": pages.findings_list(p, kept, run),
+        "downloads": pages.downloads(stage / "book" / "numbers_of", p, run),
+    }
     for path in book_sources():
         (stage / path).parent.mkdir(parents=True, exist_ok=True)
-        if path.endswith(".md") and out:
-            text = (ROOT / path).read_text(encoding="utf-8")
+        if path.endswith(".md"):
+            text = pages.filled((ROOT / path).read_text(encoding="utf-8"), parts)
             (stage / path).write_text(without_links(text, out), encoding="utf-8")
         else:
             shutil.copy(ROOT / path, stage / path)
+    (stage / "_config.yml").write_text(_config((ROOT / "_config.yml").read_text(encoding="utf-8")), encoding="utf-8")
     shutil.copy(results / "artefacts" / "main_figure.svg", stage / "book")
     (stage / "notebooks").mkdir()
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
     for part in toc["parts"]:
         part["chapters"] = [c for c in part["chapters"] if Path(c["file"]).name not in out]
+        for chapter in part["chapters"]:
+            if chapter["file"].startswith("notebooks/"):
+                chapter["title"] = pages.short_title(Path(chapter["file"]).name, p)
+            elif chapter["file"] == "book/api":
+                chapter["sections"] = _api(stage)
     toc["parts"] = [part for part in toc["parts"] if part["chapters"]]
     if out:
-        lines = [f"- **{_title(name)}** {why}." for name, why in out.items()]
+        lines = [f"- **{pages.title(name, p)}** {why}." for name, why in out.items()]
         page = "# Not in this run\n\nThese chapters need what the profile does not have:\n\n" + "\n".join(lines) + "\n"
         (stage / "book" / "left_out.md").write_text(page, encoding="utf-8")
         toc["parts"].append({"caption": f"Left out: {len(out)}", "chapters": [{"file": "book/left_out"}]})
+    if page := plan_page(p):
+        (stage / "book" / "plan.md").write_text(page, encoding="utf-8")
+        toc["parts"].append({"caption": "What it needs", "chapters": [{"file": "book/plan"}]})
     (stage / "_toc.yml").write_text(yaml.safe_dump(toc, sort_keys=False), encoding="utf-8")
     for name in chapters_of(p):
         notebook = nbformat.read(results / "notebooks" / f"{name}.ipynb", as_version=4)
         for cell in notebook.cells:
             if cell.cell_type == "code":
                 cell.metadata.tags = [*cell.metadata.get("tags", []), *_shown(cell)]
+                for data in (output["data"] for output in cell.outputs if "text/html" in output.get("data", {})):
+                    data["text/html"] = pages.readable_tables(data["text/html"])
             elif out:
                 cell.source = without_links(cell.source, out)
+        notebook.cells[0].source = pages.with_title(notebook.cells[0].source, pages.title(name, p))
+        if box := pages.finding_box(name, p, kept, run):
+            notebook.cells.insert(1, nbformat.v4.new_markdown_cell(without_links(box, out)))
         notebook.cells.append(nbformat.v4.new_markdown_cell(_made(name, notebook, results)))
         nbformat.write(notebook, stage / "notebooks" / f"{name}.ipynb")
     return stage
+
+
+def plan_page(p: Profile) -> str:
+    """The page on what a profile needs, as markdown; empty where no model is of the hub, or one is unknown to plans."""
+    if not any(model.source == "hub" for model in p.models):
+        return ""
+    try:
+        return f"# What this profile needs\n\n{markdown(plan(p, chapters_of(p)))}"
+    except ProfileError:
+        return ""
 
 
 def _shown(cell: nbformat.NotebookNode) -> list[str]:
@@ -86,14 +119,27 @@ def without_links(text: str, out: dict[str, str]) -> str:
 
     def plain(link: re.Match[str]) -> str:
         name = Path(link[2]).stem
-        return f"{link[1] or _title(name)} (not in this run)" if name in out else link[0]
+        return f"{link[1] or pages.heading(name)} (not in this run)" if name in out else link[0]
 
     return re.sub(r"\[([^\]]*)\]\(([^)\s]*?\.ipynb)[^)]*\)", plain, text)
 
 
-def _title(name: str) -> str:
-    first: str = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4).cells[0].source
-    return first.splitlines()[0].lstrip("# ")
+def _config(text: str) -> str:
+    """The configuration without its launch buttons where the repository has no address that they could open."""
+    config = yaml.safe_load(text)
+    if not config.get("repository", {}).get("url"):
+        config.pop("repository", None)
+        config.pop("launch_buttons", None)
+    return yaml.safe_dump(config, sort_keys=False)
+
+
+def _api(stage: Path) -> list[dict[str, str]]:
+    """The pages of the reference, written, as the table of contents lists them."""
+    (stage / "book" / "api").mkdir(exist_ok=True)
+    written = pages.api_pages()
+    for name, text in written.items():
+        (stage / "book" / "api" / f"{name}.md").write_text(text, encoding="utf-8")
+    return [{"file": f"book/api/{name}"} for name in written]
 
 
 def _made(name: str, notebook: nbformat.NotebookNode, results: Path) -> str:

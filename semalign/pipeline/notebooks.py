@@ -14,7 +14,8 @@ from typing import Any
 
 import nbformat
 
-from semalign.profiles import Profile, ProfileError, declared, load_profile
+from semalign.planning.preflight import preflight
+from semalign.profiles import Profile, declared, load_profile
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 NOTEBOOKS = ROOT / "notebooks"
@@ -110,19 +111,6 @@ def trials_of(p: Profile, name: str) -> list[str]:
     methods = ["none", "sft"] if chapter.controls else dict.fromkeys(["teacher", "none", *p.methods])
     seeds = {m: p.seeds if rows.get(m, {"seeded": False}).get("seeded", True) else p.seeds[:1] for m in methods}
     return [f"{task}/{method}-{seed}.json" for task in tasks for method, own in seeds.items() for seed in own]
-
-
-def preflight(p: Profile) -> None:
-    """Refuse, before any model loads, what is known to fail after hours.
-
-    Raises:
-        ProfileError: the profile asks for programs and does not allow them; the message says which setting mends it.
-    """
-    if p.code_tasks and not p.allow_code_execution:
-        raise ProfileError(
-            f"profile {p.name} has {' and '.join(p.code_tasks)}, which run programs that a model wrote: set "
-            f"allow_code_execution: true in it to have them run in the sandbox, or take the tasks out"
-        )
 
 
 def cells_of(notebook: nbformat.NotebookNode) -> list[tuple[str, str, list[str], dict[str, Any]]]:
@@ -242,7 +230,7 @@ def run_notebook(name: str, profile: str, results: Path, planned: str = "") -> P
     from papermill.exceptions import PapermillExecutionError
 
     p = load_profile(profile)
-    preflight(p)
+    preflight(p, results)
     source, target = NOTEBOOKS / f"{name}.ipynb", results / "notebooks" / f"{name}.ipynb"
     metrics = results / "metrics" / f"{name}.json"
     for folder in (target.parent, metrics.parent, results / "artefacts"):

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from semalign.lm.examples import Encoded, collate, supervised
-from semalign.lm.hooks import capture, logits_of
+from semalign.lm.hooks import capture
 from semalign.lm.parts import Model, decoder, decoder_layers
-from semalign.supervision import SupervisionCache
+from semalign.supervision import SupervisionCache, float_logits
 from semalign.training.losses import divergence
 
 
@@ -43,7 +43,7 @@ def read_out(
         final = decoder(model)(
             input_ids=part["input_ids"].to(device), attention_mask=part["attention_mask"].to(device), use_cache=False
         ).last_hidden_state
-        logits = logits_of(model, final[places.to(device)]).cpu()
+        logits = float_logits(model, final[places.to(device)]).cpu()
         predicted = logits.argmax(-1)
         columns["loss"].append(torch.nn.functional.cross_entropy(logits, targets, reduction="none"))
         columns["predicted"].append(predicted)
@@ -67,11 +67,13 @@ def by_example(values: Tensor, example: Tensor) -> Tensor:
 def divergence_between(model: Model, other: Model, encoded: Sequence[Encoded]) -> Tensor:
     """KL(model, other) in nats, by the first one's probabilities: (n,) means over the supervised positions of each."""
 
+    def logp(m: Model, e: Encoded) -> Tensor:
+        final = decoder(m)(input_ids=e.input_ids[None].to(next(m.parameters()).device), use_cache=False)
+        return float_logits(m, final.last_hidden_state[0, supervised(e.labels)]).log_softmax(-1).cpu()
+
     def of(e: Encoded) -> Tensor:
-        ids = e.input_ids[None]
-        read = (m(input_ids=ids.to(next(m.parameters()).device)).logits[0] for m in (model, other))
-        one, two = (logits.float().log_softmax(-1).cpu() for logits in read)
-        return (one.exp() * (one - two)).sum(-1)[supervised(e.labels)].mean()
+        one, two = logp(model, e), logp(other, e)
+        return (one.exp() * (one - two)).sum(-1).mean()
 
     return torch.stack([of(e) for e in encoded]).double()
 

@@ -20,9 +20,6 @@ from semalign.methods import REGISTRY
 from semalign.profiles import Profile
 from semalign.study import trials
 
-STEPS = 120
-"""Optimizer steps of every cell, about: examples are seen again, or more of them in a step."""
-
 
 @dataclass(frozen=True)
 class Way:
@@ -55,10 +52,13 @@ WAYS = {
 UNTOUCHED = "untouched"
 
 
-def budget(examples: int) -> dict[str, int]:
-    """``batch`` and ``epochs`` with which this many examples make about :data:`STEPS` steps, two epochs or more."""
+def budget(examples: int, steps: int) -> dict[str, int]:
+    """``batch`` and ``epochs`` with which so many examples make about so many steps, in two epochs or more.
+
+    Few examples are seen again and again; of many there are more in a step.
+    """
     batch = 4 if examples <= 128 else 2 ** math.ceil(math.log2(examples / 32))
-    return {"batch": batch, "epochs": max(2, round(STEPS / math.ceil(examples / batch)))}
+    return {"batch": batch, "epochs": max(2, round(steps / math.ceil(examples / batch)))}
 
 
 def students_of(p: Profile) -> list[Any]:
@@ -73,15 +73,17 @@ def kinds_of(p: Profile) -> list[str]:
 
 def cell(p: Profile, task: str, way: str, examples: int, kind: str, folder: str | Path) -> list[list[dict[str, Any]]]:
     """The trials of one cell of the map: a list a student, of one seed, for :func:`right`."""
-    found = []
+    of_students = []
     for at, student in enumerate(students_of(p)):
         of, teacher = WAYS[way], p.kin_teachers[at] if kind == "kin" else p.teacher
-        own = p.changed(student=student, teacher=teacher, sizes={"train": examples})
-        given = {**trials.own(p, of.like, task)} if of.like else {}
-        changes = {**given, **of.settings, **budget(examples)}
+        taught = p.changed(student=student, teacher=teacher, sizes={"train": examples})
+        given = {**trials.hyperparameters(p, of.like, task)} if of.like else {}
+        changes = {**given, **of.settings, **budget(examples, p.regimes.steps)}
         name = f"{kind if of.asks else 'any'}-{list(WAYS).index(way)}-{examples}-{at}"
-        found.append([trials.run_trial(own, task, of.method, p.seeds[0], folder, changes=changes, variant=name)])
-    return found
+        of_students.append(
+            [trials.run_trial(taught, task, of.method, p.seeds[0], folder, changes=changes, variant=name)]
+        )
+    return of_students
 
 
 def untouched(p: Profile, task: str, folder: str | Path) -> list[list[dict[str, Any]]]:

@@ -1,8 +1,9 @@
 """The question beyond the paper: does any way of aligning states beat plain supervision and distillation?
 
 Three families of configurations are searched with the same number of seeded draws each, on validation examples: labels
-alone, the teacher's output distribution, and the teacher's states. All are settings of :class:`TransferConfig`, so that
-the best of the third can be run again without its states and nothing else changed.
+alone, the teacher's output distribution, and the teacher's states. All are settings of
+:class:`~semalign.training.config.TransferConfig`, so that the best of the third can be run again without its states and
+nothing else changed.
 """
 
 from __future__ import annotations

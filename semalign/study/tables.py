@@ -35,18 +35,18 @@ def over_students(p: Profile, task: str, methods: Iterable[str], folder: str | P
 
     A method that draws nothing has one seed; as it answers the same under all, it stands for each of them.
     """
-    found = {}
+    right = {}
     for m in methods:
         of_students = []
         for at, student in enumerate([p.student, *p.siblings]):
-            own, variant = (p.changed(student=student), f"sibling{at}") if at else (p, "")
+            taught, variant = (p.changed(student=student), f"sibling{at}") if at else (p, "")
             made = [
-                trials.run_trial(own, task, m, s, folder, others=p.others, variant=variant)
+                trials.run_trial(taught, task, m, s, folder, others=p.others, variant=variant)
                 for s in trials.seeds_of(m, p.seeds)
             ]
             of_students.append(trials.right(made, task))
-        found[m] = torch.stack(of_students)
-    return found
+        right[m] = torch.stack(of_students)
+    return right
 
 
 def unasked(found: Sequence[Mapping[str, Any]], task: str) -> int:

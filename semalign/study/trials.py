@@ -125,7 +125,7 @@ def run_trial(
     if method == TEACHER:
         model: Any = pair.load_teacher().eval()
     else:
-        given = {**own(p, method, task), **(changes or {})}
+        given = {**hyperparameters(p, method, task), **(changes or {})}
         result = run(REGISTRY[method], pair, data, _config(p, pair, seed), given)
         model, spent, layers = result.student, result.cost, result.layers
     answers = {task: answer(p, pair, model, task, split=split)} if split else {}
@@ -159,7 +159,7 @@ def trial_key(p: Profile, tasks: Sequence[str], method: str, seed: int, *rest: A
     """
     settings = p.model_dump(mode="json", include=set(TrialSettings.model_fields))
     settings["protocols"] = {task: p.protocol(task) for task in tasks}
-    alone = [own(p, method, tasks[0]), method, seed, *rest, code_key(method, tuple(tasks))]
+    alone = [hyperparameters(p, method, tasks[0]), method, seed, *rest, code_key(method, tuple(tasks))]
     told = json.dumps(
         [settings, list(tasks), *alone, _data_key() if p.data == "classroom" else ""], default=_fingerprint
     )
@@ -243,7 +243,7 @@ def _fingerprint(value: Any) -> str:
     return hashlib.sha256(value.numpy().tobytes()).hexdigest() if isinstance(value, torch.Tensor) else repr(value)
 
 
-def own(p: Profile, method: str, task: str) -> dict[str, Any]:
+def hyperparameters(p: Profile, method: str, task: str) -> dict[str, Any]:
     """What a profile gives to a method alone; what it gives ``on`` a task replaces what it gives on all."""
     given = dict(p.hyperparameters.get(method, {}))
     return given | given.pop("on", {}).get(task, {})

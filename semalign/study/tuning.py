@@ -23,6 +23,7 @@ RATES = (1e-5, 1e-2)
 """The range of learning rates, drawn evenly in its logarithm."""
 DRAWS = 24
 """How many draws every method gets."""
+# The most epochs are a budget that every method has, and no optimum: nothing is widened there.
 EPOCHS, WEIGHTS = (1, 2, 4), (0.1, 0.3, 1.0, 3.0)
 EDGE = 3.0  # a choice within this factor of an end of the range asks for draws beyond it
 FURTHER, WIDENINGS = 6, 2  # so many draws a widening, and at most so many widenings
@@ -39,17 +40,17 @@ def tuned_methods(methods: Sequence[str]) -> list[str]:
 def draws(method: str, n: int, depth: int, rates: tuple[float, float] = RATES) -> list[Draw]:
     """``n`` seeded draws for a method on a student of ``depth`` layers; the first m of n are the m of ``draws(m)``."""
     row = REGISTRY[method]
-    found = []
+    drawn = []
     for i in range(n):
         chosen = random.Random(f"{method} {rates[0]:g} {i}")
         one: Draw = {"lr": float(f"{math.exp(chosen.uniform(math.log(rates[0]), math.log(rates[1]))):.3g}")}
-        one["epochs"] = chosen.choice(EPOCHS)
+        one["epochs"] = max(chosen.choice(EPOCHS), row.least_epochs)
         if row.trains.startswith("LoRA on layer k"):
             one["layers"] = [chosen.randint(1, depth)]
             if row.teacher.startswith("states"):
                 one["layer_weight"] = chosen.choice(WEIGHTS)
-        found.append(one)
-    return found
+        drawn.append(one)
+    return drawn
 
 
 def tune(p: Profile, method: str, folder: str | Path, n: int) -> dict[str, Any]:

@@ -13,10 +13,10 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -71,6 +71,59 @@ class Run:
     tokens: int = 0
     inputs_s: float = 0.0
     train_s: float = 0.0
+
+
+class FloatAdamW(torch.optim.AdamW):
+    """AdamW without weight decay that keeps a float32 master of each parameter in 16 bits, and adds gradients in it.
+
+    A step below 2^-9 of a bfloat16 weight would be rounded away. Inside ``with`` a gradient moves to its master as soon
+    as it is there. Parameters in float32 are their own masters: of these alone this is plain AdamW.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
+        self.live = list(parameters)
+        self.masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self.live]
+        self.handles: list[Any] = []
+        super().__init__(self.masters, lr=lr, weight_decay=0.0)
+
+    def __enter__(self) -> FloatAdamW:
+        def mover(master: nn.Parameter) -> Callable[[nn.Parameter], None]:
+            def move(parameter: nn.Parameter) -> None:
+                gradient = cast(Tensor, parameter.grad).float()
+                master.grad = gradient if master.grad is None else master.grad + gradient
+                parameter.grad = None
+
+            return move
+
+        self.handles = [p.register_post_accumulate_grad_hook(mover(m)) for p, m in self._pairs()]
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        return [(p, m) for p, m in zip(self.live, self.masters, strict=True) if p is not m]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One step of the masters, which the parameters then follow."""
+        loss = super().step(closure)
+        for parameter, master in self._pairs():
+            parameter.copy_(master)
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """AdamW's, and the masters."""
+        return {**super().state_dict(), "masters": [m.detach().clone() for _, m in self._pairs()]}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """What :meth:`state_dict` returned."""
+        own = dict(state_dict)
+        for (_, master), kept in zip(self._pairs(), own.pop("masters", []), strict=True):
+            master.copy_(kept)
+        super().load_state_dict(own)
 
 
 def layer_inputs(
@@ -159,9 +212,12 @@ def train(run: Run, folder: Path) -> tuple[list[str], int]:
         run.inputs_s += time.perf_counter() - start
         _check_inputs(student, run.data[0], layers[0], read)
         changed, parameters, merge = _attach(student, layers, config)
-        optimizer = torch.optim.AdamW(parameters.values(), lr=config.lr, weight_decay=0.0)
+        optimizer = FloatAdamW(parameters.values(), lr=config.lr)
         start = time.perf_counter()
-        with partial_decoder(student, layers[0], max(layers) if unread else len(decoder_layers(student))) as forward:
+        with (
+            optimizer,
+            partial_decoder(student, layers[0], max(layers) if unread else len(decoder_layers(student))) as forward,
+        ):
             failure = _steps(run, Stage(layers, read, forward, parameters, optimizer), folder, state)
         run.train_s += time.perf_counter() - start
         merge()
@@ -329,8 +385,8 @@ def _check_targets(student: Model, layers: tuple[int, ...], config: TransferConf
 def _add_projection(student: Model, config: TransferConfig) -> None:
     """P becomes a parameter of the student while it trains, so that checkpoints and optimizer hold it."""
     if isinstance(config.projection, Tensor):
-        at = next(student.parameters())
-        student.register_parameter(PROJECTION, nn.Parameter(config.projection.to(at.device, at.dtype, copy=True)))
+        projection = config.projection.to(next(student.parameters()).device, torch.float32, copy=True)
+        student.register_parameter(PROJECTION, nn.Parameter(projection))
 
 
 def _release(student: Model) -> None:

@@ -367,7 +367,8 @@ records, score = benchmarks.evaluate(
     tiny_llama(vocab=259, max_position_embeddings=512), byte_tokenizer(), "capitals", "mine", "chat", max_new_tokens=4
 )
 task = data.task_data("capitals", "mine")
-profile = profiles.load_profile("smoke", tasks=["capitals"], data="benchmarks", search={"tasks": []})
+none = {"tasks": []}
+profile = profiles.load_profile("smoke", tasks=["capitals"], data="benchmarks", search=none, regimes=none)
 print(json.dumps([
     len(records), score.n, sorted(records[0]), list(benchmarks.PROTOCOLS["capitals"]), len(task.validation),
     task.train[0].response, profile.tasks, profile.code_tasks, len(trials.code_key("sft", ("capitals",))),

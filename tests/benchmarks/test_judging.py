@@ -184,7 +184,9 @@ PLAIN: list[Any] = [
 @pytest.mark.parametrize("value", PLAIN)
 def test_plain_values_cross_as_they_are(value: Any) -> None:
     crossed = unpack(pack(value))
-    assert crossed == value and type(crossed) is type(value) and repr(crossed) == repr(value)
+    assert crossed == value and type(crossed) is type(value)
+    if not isinstance(value, set | frozenset):  # whose order is nobody's to keep
+        assert repr(crossed) == repr(value)
 
 
 def test_other_values_do_not_cross() -> None:

@@ -52,15 +52,23 @@ class Browser:
         self._number, self._session, self._buffer = 0, "", b""
         target = self._send("Target.createTarget", url="about:blank")["targetId"]
         self._session = self._send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        size = {"width": width, "height": 1400, "deviceScaleFactor": 1, "mobile": False}
-        self._send("Emulation.setDeviceMetricsOverride", **size)
+        self.resize(width)
         if dark:
             features = [{"name": "prefers-color-scheme", "value": "dark"}]
             self._send("Emulation.setEmulatedMedia", features=features)
         self._send("Emulation.setScriptExecutionDisabled", value=not scripts)
         self._send("Page.enable")
+        self.open(page)
+
+    def open(self, page: Path) -> None:
+        """Go to another page, and wait until it is loaded."""
         self._send("Page.navigate", url=page.resolve().as_uri())
         self._until("Page.loadEventFired")
+
+    def resize(self, width: int) -> None:
+        """Another width of the window, in pixels."""
+        size = {"width": width, "height": 1400, "deviceScaleFactor": 1, "mobile": False}
+        self._send("Emulation.setDeviceMetricsOverride", **size)
 
     def __enter__(self) -> Browser:
         return self
@@ -100,8 +108,8 @@ class Browser:
             pass
 
     def ask(self, expression: str) -> Any:
-        """The value of a JavaScript expression in the page, which works where the page's own scripts are off."""
-        result = self._send("Runtime.evaluate", expression=expression, returnByValue=True)
+        """The value of a JavaScript expression, or what it promises; it works where the page's own scripts are off."""
+        result = self._send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         if "exceptionDetails" in result:
             raise RuntimeError(f"{expression}: {result['exceptionDetails']}")
         return result["result"].get("value")

@@ -72,7 +72,7 @@ def data() -> TaskData:
 
 def few(name: str) -> TransferConfig:
     """As few epochs as a method can have."""
-    return settings(layers=(2,), epochs=2 if name == "warm_up" else 1)
+    return settings(layers=(2,), epochs=REGISTRY[name].least_epochs)
 
 
 @cache

@@ -343,6 +343,9 @@ def test_what_was_tuned_is_kept_with_its_draws(monkeypatch: pytest.MonkeyPatch, 
     scores = [one["score"] for one in sft["draws"]]
     assert len(scores) >= 2 and scores == sorted(scores, reverse=True)
     assert {**sft["chosen"], "score": scores[0]} == sft["draws"][0]
+    monkeypatch.setattr(tuning, "tune", None)  # what has chosen is not tuned again
+    assert cli.main(["tune", str(mine), "--cores", "1"]) == 0
+    assert load_metrics(tmp_path / "book/tuned/mine.json")[0] == kept
 
 
 @pytest.mark.parametrize("name", [p.stem for p in sorted((ROOT / "book/tuned").glob("*.json"))])
@@ -350,6 +353,8 @@ def test_the_profiles_hyperparameters_are_those_that_were_chosen(name: str) -> N
     kept, _ = load_metrics(ROOT / f"book/tuned/{name}.json")
     p = load_profile(name)
     for method, tried in kept["methods"].items():
-        assert trials.own(p, method, p.tasks[0]) == tried["chosen"], method
+        assert trials.hyperparameters(p, method, p.tasks[0]) == tried["chosen"], method
     for method in (m for m in p.methods if REGISTRY[m].follows):
-        assert trials.own(p, method, p.tasks[0]) == kept["methods"][REGISTRY[method].follows]["chosen"], method
+        assert trials.hyperparameters(p, method, p.tasks[0]) == kept["methods"][REGISTRY[method].follows]["chosen"], (
+            method
+        )

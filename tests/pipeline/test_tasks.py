@@ -27,7 +27,7 @@ def test_a_profile_of_one_task_runs_whole(tmp_path: Path, task: str, absent: set
     content |= {
         "tasks": [task],
         "search": {"draws": 1},
-        "regimes": {"examples": [4]},
+        "regimes": {"examples": [4], "steps": 2},
         "allow_code_execution": False,
         "others": 0,
     }

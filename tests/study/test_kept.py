@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from semalign.lm.files import write_json
 from semalign.pipeline.__main__ import finished_trials
 from semalign.profiles import load_profile
 from semalign.study import analysis, trials
@@ -96,6 +96,6 @@ def test_only_the_profiles_own_trials_are_kept(tmp_path: Path) -> None:
     for method, seed, variant in (("sft", 0, ""), ("sft", 7, ""), ("ted", 0, ""), ("semalign", 9, "final-x")):
         (tmp_path / "mmlu").mkdir(exist_ok=True)
         trial = synthetic("mmlu", method, seed, variant)
-        (tmp_path / "mmlu" / f"{method}{variant}-{seed}.json").write_text(json.dumps(trial))
+        write_json(tmp_path / "mmlu" / f"{method}{variant}-{seed}.json", trial)
     kept = sorted((t["method"], t["seed"]) for t in finished_trials(p, tmp_path))
     assert kept == [("semalign", 9), ("sft", 0)]

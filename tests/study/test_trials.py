@@ -79,8 +79,11 @@ def test_a_damaged_trial_is_named_and_made_again(
 
 def test_what_a_method_has_of_its_own_counts_for_it_alone_and_on_a_task_for_that() -> None:
     given = settings(hyperparameters={"sft": {"lr": 1e-2, "on": {"gsm8k": {"lr": 1e-5, "epochs": 3}}}})
-    assert trials.own(given, "sft", "gsm8k") == {"lr": 1e-5, "epochs": 3}
-    assert trials.own(given, "sft", "mmlu") == {"lr": 1e-2} and trials.own(given, "semalign", "mmlu") == {}
+    assert trials.hyperparameters(given, "sft", "gsm8k") == {"lr": 1e-5, "epochs": 3}
+    assert (
+        trials.hyperparameters(given, "sft", "mmlu") == {"lr": 1e-2}
+        and trials.hyperparameters(given, "semalign", "mmlu") == {}
+    )
     key = trials.trial_key
     assert key(given, ["gsm8k"], "sft", 0) != key(settings(), ["gsm8k"], "sft", 0)
     assert key(given, ["gsm8k"], "semalign", 0) == key(settings(), ["gsm8k"], "semalign", 0)

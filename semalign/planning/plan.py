@@ -1,0 +1,452 @@
+"""What a profile needs, from the configurations of its models alone: memory, disk, tokens and hours, before it runs.
+
+The largest part of the memory of a backward pass is what the forward pass keeps for it: :func:`kept_for_backward`
+states that by layer, and a test holds it against the tensors that PyTorch saves. What is assumed of prompts and of
+cards stands in ``configurations.yaml``. Nothing here loads a model library.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from semalign.profiles import PACKAGE, Folder, Packaged, Pico, Profile, ProfileError, Random, Source, declared
+
+FILE = Path(__file__).with_name("configurations.yaml")
+CARDS = (40, 80)
+"""The memory of the cards that plans speak of, in GB."""
+SPARE = 1.5e9  # bytes that CUDA, its kernels and the allocator's gaps take on a card
+HOST = 4e9  # bytes of Python, its libraries and the data
+LOGITS = 3 * 4 * 2**24  # logits in memory at once, with their softmax and its gradient, float32
+RANK = 16
+SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@functools.cache
+def _file() -> dict[str, Any]:
+    return dict(yaml.safe_load(FILE.read_text(encoding="utf-8")))
+
+
+def configurations() -> dict[str, dict[str, Any]]:
+    """What is known of the hub's models that the shipped profiles name, by their id, each with its source."""
+    return dict(_file()["models"])
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder: D ``width``, F ``mlp``, L ``layers``, ``heads``, ``groups`` of keys, width of a ``head``, m tokens."""
+
+    type: str
+    width: int
+    mlp: int
+    layers: int
+    heads: int
+    groups: int
+    head: int
+    vocabulary: int
+    tied: bool
+
+    @property
+    def layer_parameters(self) -> int:
+        """Numbers in the matrices and norms of one layer."""
+        queries, keys = self.heads * self.head, self.groups * self.head
+        norms = 2 * self.width + {"olmo2": queries + keys, "qwen3": 2 * self.head}.get(self.type, 0)
+        return 2 * self.width * (queries + keys) + 3 * self.width * self.mlp + norms
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the whole model; a head that is the embedding counts once."""
+        return self.layers * self.layer_parameters + (2 - self.tied) * self.vocabulary * self.width + self.width
+
+
+def shape_of(source: Source) -> Shape:
+    """The shape of a profile's model.
+
+    Raises:
+        ProfileError: a model of the hub that no configuration is kept of, or a folder without one.
+    """
+    if isinstance(source, Random):
+        given = source.config.model_dump(exclude_none=True)
+        return _of_config({"vocab_size": 259, "tie_word_embeddings": False, **given})
+    if isinstance(source, Pico | Folder):
+        path = Path(source.path) if isinstance(source, Folder) else PACKAGE / "classroom" / "weights" / source.id
+        try:
+            return _of_config(json.loads((path / "config.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError) as error:
+            raise ProfileError(
+                f"{path} has no config.json that a plan can read ({error!r}): give a model's folder"
+            ) from None
+    name = "HuggingFaceTB/SmolLM2-135M-Instruct" if isinstance(source, Packaged) else source.id
+    if name not in configurations():
+        raise ProfileError(
+            f"plans know no configuration of {name}: add the numbers of its config.json to {FILE.name}, or copy the "
+            "model here and use source: folder"
+        )
+    kept = configurations()[name]
+    return Shape(**{key: kept[key] for key in Shape.__dataclass_fields__})
+
+
+def _of_config(config: dict[str, Any]) -> Shape:
+    heads = config["num_attention_heads"]
+    return Shape(
+        type=config["model_type"], width=config["hidden_size"], mlp=config["intermediate_size"],
+        layers=config["num_hidden_layers"], heads=heads, groups=config.get("num_key_value_heads") or heads,
+        head=config.get("head_dim") or config["hidden_size"] // heads, vocabulary=config["vocab_size"],
+        tied=bool(config.get("tie_word_embeddings")),
+    )  # fmt: skip
+
+
+def kept_for_backward(s: Shape, tokens: int, size: int, *, layers: int, trained: str = "") -> int:
+    """Bytes that the forward pass of ``layers`` layers keeps for a backward pass over ``tokens`` padded tokens.
+
+    Two norms keep their float32 input and its scale; attention its queries, keys and values, of as many heads as there
+    are queries where a batch is padded, its output and the log-sum of every row; the MLP the gate before and after its
+    activation and the other factor. Norms of queries and keys keep these in float32.
+
+    Args:
+        size: bytes a number of the model's type.
+        trained: ``lora`` adds what enters the adapters, in float32; ``layer`` what enters the seven matrices.
+    """
+    queries, keys = s.heads * s.head, s.groups * s.head
+    kept = 2 * (4 * s.width + 4) + 4 * queries * size + 4 * s.heads + 3 * s.mlp * size
+    if s.type in ("qwen3", "olmo2"):
+        kept += 4 * (queries + keys) + 4 * (s.heads + s.groups if s.type == "qwen3" else 2)
+    if trained == "lora":
+        kept += 4 * (2 * s.width + queries + s.mlp + 4 * RANK)
+    elif trained == "layer":
+        kept += size * (4 * s.width + queries + s.mlp)
+    return layers * tokens * kept
+
+
+@dataclass(frozen=True)
+class Way:
+    """What of a method decides its memory and time: what it reads of the teacher, and what it trains of the student."""
+
+    teacher: str = "none"  # none, chooses (attribution alone), states, top (log-probabilities), all, weights, writes
+    layers: str = "k"  # k, all, or none
+    states: int = 1  # layers of the teacher whose states are kept; 0: those of every student layer
+    head: bool = False  # the teacher's norm and head stay beside the student
+
+
+WAYS: dict[str, Way] = {
+    "none": Way(layers="none"),
+    "sft": Way(layers="all"),
+    "sft_layer": Way("chooses"),
+    "pissa": Way(layers="all"),
+    "logit_kd": Way("top", "all"),
+    "fitnets": Way("states"),
+    "relational": Way("states"),
+    "semalign": Way("states"),
+    "semalign_tuned": Way("states"),
+    "twin": Way("chooses"),
+    "logit_map": Way("states"),
+    "random_target": Way("states"),
+    "scrambled_tokens": Way("states"),
+    "ted": Way("all"),
+    "fdd": Way("all", "all", 4, head=True),
+    "seq_kd": Way("writes", "all"),
+    "seeking": Way("weights", "all"),
+    "laten": Way("weights", "all"),
+    "laten_released": Way("weights", "all"),
+    "laten_direct": Way("weights", "all"),
+    "warm_up": Way("states", "all", 0),
+    "gkd": Way("all", "all"),
+    "oprd": Way("all", "all", 0),
+}
+"""By method, what :func:`method_memory` and :func:`method_seconds` read of it."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a chapter runs, a method at a time, and how many teachers and students it holds beside."""
+
+    methods: tuple[str, ...] = ()
+    teachers: int = 0
+    students: int = 0
+    full: bool = False  # whole layers may train, in every layer
+    taught: bool = False  # the teacher is trained itself, by adapters on all its layers
+
+
+CHAPTERS: dict[str, Held] = {
+    "02_importance": Held(teachers=1),
+    "04_alignment": Held(("semalign", "sft_layer")),
+    "05_mmlu": Held(("*",)),
+    "06_gsm8k": Held(("*",)),
+    "07_humaneval": Held(("*",)),
+    "08_mbpp": Held(("*",)),
+    "04b_gates": Held(("none", "sft")),
+    "09_fine_tuned_teachers": Held(("none", "sft", "semalign")),
+    "10_similarity": Held(("semalign", "sft", "logit_kd")),
+    "11_ablations": Held(("semalign", "logit_kd")),
+    "12_controls": Held(("semalign", "sft", "logit_kd"), students=1, taught=True),
+    "13_rivals": Held(("seeking", "laten"), students=1),
+    "13b_regimes": Held(("sft", "logit_kd", "warm_up")),
+    "14_search": Held(("logit_kd", "semalign"), full=True),
+}
+"""The chapters that load models of the profile, and what they hold; the others read what these left."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes at the peak, on the card and in the host's memory, and which step the card's peak is in."""
+
+    gpu: float
+    host: float
+    step: str
+
+
+def method_memory(p: Profile, name: str) -> Need:
+    """The peak of one method of a profile; an answering student counts too."""
+    t, s, size, way = shape_of(p.teacher), shape_of(p.student), SIZES[p.dtype], WAYS[name]
+    longest = min(p.max_length, _file()["longest"])
+    tokens, theirs, ours = p.eval_batch_size * longest, t.parameters * size, s.parameters * size
+    steps: dict[str, float] = {"answering": ours + _cache(s, p, size)}
+    host = max(theirs if way.teacher != "none" else 0, ours) + HOST
+    if way.teacher in ("chooses", "states", "all") and p.layer is None:
+        steps["attribution"] = theirs + attribution(t, longest, size)
+    if way.teacher in ("states", "all", "top"):
+        maps = 8 * 3 * (t.width**2 + s.width**2) + s.vocabulary * s.width * size
+        steps["teacher's pass"] = theirs + maps + 2048 * 4 * (t.mlp + t.width) * size + 256 * t.vocabulary * 12
+    if way.teacher == "writes":
+        steps["teacher's answers"] = theirs + _cache(t, p, size)
+    if way.teacher == "weights":
+        whole = kept_for_backward(t, longest, size, layers=t.layers, trained="layer")
+        steps["teacher's gradients"] = theirs + whole + 4 * 3 * t.width * t.mlp + longest * t.vocabulary * 12
+        host += 4 * t.layers * t.layer_parameters
+    if way.layers != "none":
+        steps["training"] = ours + training(s, tokens, size, layers=s.layers, every=way.layers == "all")
+        steps["training"] += t.vocabulary * t.width * size * way.head
+    step = max(steps, key=lambda name: steps[name])
+    return Need(steps[step] + SPARE, host, step)
+
+
+def attribution(s: Shape, tokens: int, size: int) -> float:
+    """Bytes beside the weights of gradient x activation at every layer: kept tensors, states, gradients and logits."""
+    states = 2 * s.layers * tokens * s.width * size
+    return kept_for_backward(s, tokens, size, layers=s.layers) + states + tokens * s.vocabulary * (size + 12)
+
+
+def training(s: Shape, tokens: int, size: int, *, layers: int, every: bool, full: bool = False) -> float:
+    """Bytes beside the weights of a step of the loop: of adapters, or with ``full`` of whole layers in float32."""
+    inside = layers if every else 1
+    kept = kept_for_backward(s, tokens, size, layers=inside, trained="layer" if full else "lora")
+    kept += kept_for_backward(s, tokens, size, layers=layers - inside)
+    numbers = inside * (s.layer_parameters if full else RANK * (4 * s.width + 2 * s.mlp + 2 * s.heads * s.head))
+    # float32: the value or its master, its gradient, AdamW's two moments, and the last good value
+    return kept + numbers * 20 + 4 * tokens * s.width * 2 + LOGITS
+
+
+def _cache(s: Shape, p: Profile, size: int) -> float:
+    """Keys and values of a batch that writes, and one position's logits in float32."""
+    length = min(p.max_length, _file()["longest"]) + (p.max_new_tokens or 512)
+    return p.eval_batch_size * (2 * s.layers * s.groups * s.head * size * length + 12 * s.vocabulary)
+
+
+def chapter_memory(p: Profile, name: str) -> Need:
+    """The peak of a chapter: its largest method beside what it holds."""
+    held, t, s, size = CHAPTERS[name], shape_of(p.teacher), shape_of(p.student), SIZES[p.dtype]
+    runs = p.methods if held.methods == ("*",) else [m for m in held.methods if m in WAYS]
+    needs = [method_memory(p, m) for m in runs] or [Need(SPARE, HOST, "reading")]
+    largest = max(needs, key=lambda need: need.gpu)
+    beside = held.teachers * t.parameters * size + held.students * s.parameters * size
+    gpu, step = largest.gpu + beside, largest.step
+    longest = min(p.max_length, _file()["longest"])
+    if name == "02_importance":
+        logits = p.sizes.extract * longest * t.vocabulary * (size + 8)  # of all examples, where a layer is skipped
+        gpu, step = beside + max(attribution(t, longest, size), logits) + SPARE, "attribution"
+    if held.full:
+        gpu, step = max((gpu, step), (_trained(s, p, full=True), "whole layers in training"))
+    if held.taught:
+        gpu, step = max((gpu, step), (_trained(t, p), "the teacher in training"))
+    return Need(gpu, max(need.host for need in needs), step)
+
+
+def _trained(s: Shape, p: Profile, *, full: bool = False) -> float:
+    """Bytes of a model and of its training in all layers."""
+    size, tokens = SIZES[p.dtype], p.eval_batch_size * min(p.max_length, _file()["longest"])
+    return s.parameters * size + training(s, tokens, size, layers=s.layers, every=True, full=full) + SPARE
+
+
+def downloads(names: Iterable[str]) -> int:
+    """Bytes of the files of these models of the hub, as far as plans know them."""
+    kept = configurations()
+    shapes = {n: Shape(**{key: kept[n][key] for key in Shape.__dataclass_fields__}) for n in names if n in kept}
+    return sum(s.parameters * kept[n]["stored"] for n, s in shapes.items())
+
+
+def positions(p: Profile, task: str) -> tuple[int, int]:
+    """Tokens and supervised positions of a task's training and validation examples."""
+    asked = _file()["questions"].get(task) or {"prompt": p.max_length // 2, "answer": p.max_length // 2}
+    examples = p.sizes.train + p.sizes.validation
+    return examples * min(p.max_length, asked["prompt"] + asked["answer"]), examples * asked["answer"]
+
+
+def kept_bytes(p: Profile) -> tuple[int, int]:
+    """Bytes on disk: of what a run keeps among its results, and of one trial's own files while it trains.
+
+    The results hold the teacher's log-probabilities of the watched examples, the supervision of chapter 04 and small
+    files; a trial the inputs of its lowest trained layer and the targets of the layers that its method reads.
+    """
+    try:
+        t, s = shape_of(p.teacher), shape_of(p.student)
+    except ProfileError:  # a model that no plan knows
+        return 0, 0
+    size = SIZES[p.dtype]
+    tokens, rows = (max(of) for of in zip(*(positions(p, task) for task in p.tasks), strict=True))
+    kept = 50_000_000 + len(p.tasks) * rows * 64 * 6 + 3 * rows * s.width * 2
+    states = max((s.layers if WAYS[m].states == 0 else WAYS[m].states) for m in p.methods)
+    return kept, tokens * s.width * size + rows * states * max(s.width, t.width) * 2
+
+
+def method_seconds(p: Profile, name: str, task: str, card: str) -> float:
+    """Seconds of one trial on a card, by the rates assumed: the teacher's pass, training, and answering the test."""
+    t, s, way, rates = shape_of(p.teacher), shape_of(p.student), WAYS[name], _file()["cards"][card]
+    asked = _file()["questions"].get(task) or {"prompt": 100, "answer": 50, "written": 50, "questions": 100}
+    tokens, _ = positions(p, task)
+    flops = 0.0
+    if way.teacher in ("states", "all", "top"):
+        flops += 2 * t.parameters * tokens
+    if way.teacher in ("chooses", "states", "all", "weights"):
+        flops += 6 * t.parameters * p.sizes.extract * (asked["prompt"] + asked["answer"])
+    if way.layers != "none":
+        flops += (4 * p.epochs + 2) * s.parameters * tokens
+    flops += 2 * t.parameters * p.sizes.validation * (asked["prompt"] + asked["answer"])  # for the comparison
+    questions = p.sizes.test or asked["questions"]
+    flops += 2 * s.parameters * questions * asked["prompt"]
+    seconds = flops / (rates["peak"] * 1e12 * rates["used"])
+    new = min(asked["written"], p.max_new_tokens or asked["written"])
+    seconds += _written(p, s, questions, new, rates)
+    if way.teacher == "writes":
+        seconds += _written(p, t, p.sizes.train, asked["answer"], rates)
+    for other in p.tasks if p.others else ():
+        if other != task and (of := _file()["questions"].get(other)):
+            seconds += _written(p, s, p.others, of["written"], rates)
+    return seconds
+
+
+def _written(p: Profile, s: Shape, questions: int, new: int, rates: dict[str, float]) -> float:
+    """Seconds to write ``new`` tokens to each question, in batches: each step reads the weights once."""
+    read = s.parameters * SIZES[p.dtype] / (rates["bandwidth"] * 1e12 * rates["reached"])
+    return math.ceil(questions / p.eval_batch_size) * new * max(read, rates["step"])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that :func:`plan` found of a profile."""
+
+    profile: str
+    methods: dict[str, Need]
+    chapters: dict[str, Need]
+    downloads: float
+    kept: float
+    scratch: float
+    tokens: int
+    hours: dict[str, float]
+    trials: int
+    mends: list[str] = field(default_factory=list)
+
+
+def plan(p: Profile, chapters: Iterable[str] = tuple(CHAPTERS)) -> Plan:
+    """What a profile needs, from configurations alone.
+
+    Args:
+        chapters: those that the profile runs.
+
+    Raises:
+        ProfileError: a model that no plan knows.
+    """
+    seeded = {m: p.seeds if declared("methods")[m].get("seeded", True) else p.seeds[:1] for m in p.methods}
+    trials = [(task, m) for task in p.tasks for m, own in seeded.items() for _ in own]
+    hours = {card: sum(method_seconds(p, m, task, card) for task, m in trials) / 3600 for card in _file()["cards"]}
+    methods = {m: method_memory(p, m) for m in p.methods}
+    of = {name: chapter_memory(p, name) for name in chapters if name in CHAPTERS}
+    kept, scratch = kept_bytes(p)
+    ids = {m.id for m in p.models if m.source == "hub"}
+    tokens = sum(positions(p, task)[0] * p.epochs for task, m in trials if WAYS[m].layers != "none")
+    found = Plan(p.name, methods, of, downloads(ids), kept, scratch, tokens, hours, len(trials))
+    found.mends.extend(_mends(p, found))
+    return found
+
+
+def job_needs(p: Profile, name: str) -> dict[str, int]:
+    """What a cluster is asked for a chapter or a ``trial``: ``mem_mb``, and ``runtime`` in minutes.
+
+    A quarter more memory and twice the time of the plan, whose rates are assumed, and half an hour at least. Nothing
+    where a plan knows no configuration of a model.
+    """
+    try:
+        needs = [chapter_memory(p, name)] if name in CHAPTERS else [method_memory(p, m) for m in p.methods]
+        trials = [method_seconds(p, m, task, "A100") for m in p.methods for task in p.tasks]
+    except ProfileError:
+        return {}
+    # A chapter that trains runs about as many variants as a table has trials of one task.
+    often = 1 if name == "trial" else len(p.methods) * len(p.seeds) if name in CHAPTERS else 0
+    minutes = math.ceil(2 * often * max(trials) / 60)
+    return {"mem_mb": int(1.25 * max(need.host for need in needs) / 1e6), "runtime": max(30, minutes)}
+
+
+def _mends(p: Profile, found: Plan) -> list[str]:
+    """What does not fit, and the setting that mends it, a sentence each."""
+    said = []
+    for what, needs in (("method", found.methods), ("chapter", found.chapters)):
+        for name, need in needs.items():
+            for card in CARDS:
+                if need.gpu > card * 1e9:
+                    said.append(f"{what} {name} does not fit {card} GB ({need.step}): {_remedy(p, name, what, card)}")
+    return said
+
+
+def _remedy(p: Profile, name: str, what: str, card: int) -> str:
+    """The setting with which it fits this card, or else where it does."""
+
+    def needed(changed: Profile) -> float:
+        return (method_memory(changed, name) if what == "method" else chapter_memory(changed, name)).gpu
+
+    settings: list[tuple[str, Any]] = [("eval_batch_size", b) for b in (16, 8, 4, 2, 1) if b < p.eval_batch_size]
+    for key, value in [*settings, ("dtype", "bfloat16")]:
+        if needed(p.changed(**{key: value})) <= card * 1e9:
+            return f"set {key}: {value}"
+    larger = next((c for c in CARDS if c > card and needed(p) <= c * 1e9), None)
+    if larger:
+        return f"take a card of {larger} GB"
+    return "take it out of methods" if what == "method" else f"no setting mends it, it takes {needed(p) / 1e9:.0f} GB"
+
+
+def markdown(found: Plan) -> str:
+    """A plan as markdown: a table of memory, one of the rest, and a list of what does not fit."""
+    lines = [
+        f"What profile `{found.profile}` needs, by the configurations of its models; nothing here is measured.",
+        "",
+        "| step | card, GB | host, GB | peak is in | 40 GB | 80 GB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for what, needs in (("method", found.methods), ("chapter", found.chapters)):
+        for name, need in needs.items():
+            fits = " | ".join("fits" if need.gpu <= card * 1e9 else "**no**" for card in CARDS)
+            lines.append(f"| {what} `{name}` | {need.gpu / 1e9:.1f} | {need.host / 1e9:.1f} | {need.step} | {fits} |")
+    rates = [
+        f"{name}: {card['used']:.0%} of {card['peak']} TFLOP/s, {card['reached']:.0%} of {card['bandwidth']} TB/s"
+        for name, card in _file()["cards"].items()
+    ]
+    lines += [
+        "",
+        "| whole run | |",
+        "|---|---|",
+        f"| downloads | {found.downloads / 1e9:.1f} GB |",
+        f"| kept among the results | {found.kept / 1e9:.2f} GB |",
+        f"| a trial's own files while it trains (`TMPDIR`) | {found.scratch / 1e9:.1f} GB |",
+        f"| trials of the tables | {found.trials} |",
+        f"| tokens read in their training | {found.tokens / 1e6:.0f} million |",
+        *(f"| hours of these trials on one {card} | {hours:.0f} |" for card, hours in found.hours.items()),
+        f"| rates assumed | {'; '.join(rates)} |",
+        "",
+    ]
+    lines += [f"- {said}." for said in found.mends] or ["Everything fits either card."]
+    return "\n".join(lines) + "\n"

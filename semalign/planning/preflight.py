@@ -1,0 +1,201 @@
+"""What a run would fail of after hours, refused before its first model loads, in one sentence with a remedy.
+
+:func:`preflight` reads the profile alone and loads no model library, so that plans can call it. :func:`before_models`
+asks the machine and the data too; whatever is about to load a model calls it: a notebook by whichever way it is run, a
+trial, and Snakemake before its first job.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from semalign.planning.plan import configurations, downloads, kept_bytes
+from semalign.profiles import Hub, Profile, ProfileError
+
+GPU = "SEMALIGN_GPU"
+"""Set to 1 in the jobs of a cluster that were given a GPU."""
+CHECKED = "SEMALIGN_CHECKED"
+"""Names the host, and the data that were found whole there, so that a run's own notebooks do not read them again."""
+
+
+def preflight(p: Profile, results: Path | None = None) -> None:
+    """Refuse what a profile alone, the hub's cache and the disks show to be impossible; loads no model library.
+
+    Args:
+        p: the profile that is about to run.
+        results: where its results go; None asks nothing of that disk.
+
+    Raises:
+        ProfileError: programs that are not allowed to run or cannot be, a gated model without a token, or a disk that
+            is too small; one sentence that names the setting or the place, and what mends it.
+    """
+    if p.code_tasks and not p.allow_code_execution:
+        raise ProfileError(
+            f"profile {p.name} has {' and '.join(p.code_tasks)}, which run programs that a model wrote: set "
+            f"allow_code_execution: true in it to have them run in the sandbox, or take the tasks out"
+        )
+    if p.code_tasks and sys.platform != "linux":
+        raise ProfileError(
+            f"profile {p.name} has {' and '.join(p.code_tasks)}, and programs that a model wrote run on Linux alone: "
+            "use Linux or WSL, or take the tasks out"
+        )
+    tokens(p)
+    disks(p, results)
+
+
+def before_models(p: Profile, results: Path | None = None, *, elsewhere: bool = False) -> None:
+    """:func:`preflight`, and what has to be asked of this machine and of the data.
+
+    Args:
+        elsewhere: the jobs run on other machines, which ask for their own device and sandbox.
+
+    Raises:
+        ProfileError: as :func:`preflight`; a split that is empty; a GPU that is asked for and not there.
+        SandboxError: less isolation than the profile's programs need.
+        DataError: a benchmark's file is absent or malformed.
+    """
+    preflight(p, results)
+    if not elsewhere:
+        _device(p)
+        if p.code_tasks and p.isolation != "rlimits":
+            from semalign.benchmarks import sandbox
+
+            sandbox.require_level(p.isolation)
+    if p.data == "benchmarks" and os.environ.get(CHECKED) != checked(p):
+        _data(p)
+
+
+def asks_more(p: Profile, *, elsewhere: bool = False) -> bool:
+    """Whether :func:`before_models` looks at more than :func:`preflight`, for which it loads a model library."""
+    here = p.device != "cpu" or bool(p.code_tasks and p.isolation != "rlimits")
+    return p.data == "benchmarks" or (here and not elsewhere)
+
+
+def checked(p: Profile) -> str:
+    """What :data:`CHECKED` says after this profile's data were found whole on this host."""
+    return f"{socket.gethostname()}:{','.join(p.tasks)}:{os.environ.get('SEMALIGN_DATA', '')}"
+
+
+def nvidia_devices() -> list[str]:
+    """The NVIDIA GPUs whose driver is loaded here; none where CUDA_VISIBLE_DEVICES hides them."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
+        return []
+    return sorted(str(path) for path in Path("/dev").glob("nvidia[0-9]*"))
+
+
+def _device(p: Profile) -> None:
+    """Refuse to fall back to the CPU in silence where a GPU was asked for."""
+    if p.device == "cpu":
+        return
+    import torch
+
+    number = int(p.device.partition(":")[2] or 0)
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if number < found:
+        return
+    if p.device != "auto":
+        asked = f"profile {p.name} says device: {p.device}"
+    elif os.environ.get(GPU) == "1":
+        asked = f"this job of profile {p.name} was given a GPU"
+    elif nvidia_devices():
+        asked = f"profile {p.name} says device: auto on a machine with an NVIDIA GPU"
+    else:
+        return
+    if found:
+        why, remedy = f"torch sees {found} of them", "name one of those, counted from 0"
+    elif torch.version.cuda is None and torch.version.hip is None:
+        why = f"torch {torch.__version__} is a build for CPUs"
+        remedy = "remove .venv and call make setup where the GPU's driver is loaded: in a job, not on a login node"
+    else:
+        why = f"torch {torch.__version__} sees none"
+        remedy = (
+            "update the driver or call make setup where it is loaded, see that the job asks for a GPU and that "
+            "CUDA_VISIBLE_DEVICES hides none, or set device: cpu"
+        )
+    raise ProfileError(f"{asked}, and {why}: {remedy}")
+
+
+def _data(p: Profile) -> None:
+    """Every task has its questions, and examples in each split that something reads."""
+    from semalign import benchmarks
+
+    for task in p.tasks:
+        benchmarks.load_items(task)
+        splits = benchmarks.task_data(task)
+        empty = [name for name in ("train", "align", "extract", "validation") if not getattr(splits, name)]
+        if empty:
+            raise ProfileError(
+                f"profile {p.name}: {task} has no examples in {' and '.join(empty)} under data: benchmarks: give "
+                "SEMALIGN_DATA a folder with more of its questions, or take the task out"
+            )
+
+
+def _hubs(p: Profile) -> Iterable[Hub]:
+    """The hub's models of a profile, each once."""
+    return {(m.id, m.revision): m for m in p.models if isinstance(m, Hub)}.values()
+
+
+def tokens(p: Profile) -> None:
+    """Refuse a gated model that is neither in the hub's cache nor has a token to be had with.
+
+    Raises:
+        ProfileError: names the models, and where their licence is accepted.
+    """
+    hubs = [m for m in _hubs(p) if configurations().get(m.id, {}).get("gated")]
+    if not hubs:
+        return
+    from huggingface_hub import get_token
+
+    needed = [m.id for m in hubs if not in_cache(m)]
+    if needed and not get_token():
+        raise ProfileError(
+            f"profile {p.name} needs {' and '.join(needed)}, which is gated: accept its licence at "
+            f"https://huggingface.co/{needed[0]} and set HF_TOKEN to a token of that account"
+        )
+
+
+def in_cache(model: Hub) -> bool:
+    """Whether the hub's cache on this machine has the model, so that it needs neither a token nor the network."""
+    from huggingface_hub import try_to_load_from_cache
+
+    names = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
+    return any(isinstance(try_to_load_from_cache(model.id, name, revision=model.revision), str) for name in names)
+
+
+def disks(p: Profile, results: Path | None) -> None:
+    """Refuse disks without room for models that are still to be had, for the results, and for one trial's own files.
+
+    Raises:
+        ProfileError: names the disk, what it is to hold, and the setting that names another.
+    """
+    import tempfile
+
+    wanted: dict[Path, tuple[int, list[str]]] = {}
+    absent = [m for m in _hubs(p) if not in_cache(m)]
+    if absent and (size := downloads(m.id for m in absent)):
+        from huggingface_hub import constants
+
+        wanted[Path(constants.HF_HUB_CACHE)] = size, [f"for {len(absent)} models of the hub (HF_HOME)"]
+    kept, scratch = kept_bytes(p)
+    if kept and results is not None:
+        wanted[results] = kept, ["for results (RESULTS)"]
+    if scratch:
+        wanted[Path(tempfile.gettempdir())] = scratch, ["for the files of a trial while it trains (TMPDIR)"]
+    by_disk: dict[int, tuple[int, list[str], Path]] = {}
+    for path, (size, why) in wanted.items():
+        place = next(q for q in (path, *path.absolute().parents) if q.exists())
+        disk = os.stat(place).st_dev
+        before, reasons, first = by_disk.get(disk, (0, [], place))
+        by_disk[disk] = before + size, [*reasons, *why], first
+    for size, why, place in by_disk.values():
+        free = shutil.disk_usage(place).free
+        if free < size:
+            raise ProfileError(
+                f"profile {p.name} needs {size / 1e9:.1f} GB on the disk of {place}, {' and '.join(why)}, and "
+                f"{free / 1e9:.1f} GB are free: free some, or set what stands in brackets to a larger disk"
+            )

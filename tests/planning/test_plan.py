@@ -1,0 +1,163 @@
+"""What a plan says, against counted tensors, published sizes, and every profile that ships."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tiny import FAMILIES, tiny_llama
+from transformers import PreTrainedModel
+
+from semalign.methods import REGISTRY
+from semalign.pipeline import book
+from semalign.pipeline.notebooks import ORDER, chapters_of
+from semalign.planning import plan as planning
+from semalign.profiles import FOLDER, Hub, ProfileError, load_profile
+from semalign.training.config import TransferConfig
+from semalign.training.loop import _attach
+
+HUB_PROFILES = [p.stem for p in sorted(FOLDER.glob("*.yaml")) if load_profile(p).teacher.source == "hub"]
+
+
+def saved(model: PreTrainedModel, tokens: int, batch: int) -> int:
+    """Bytes that the decoder's forward pass keeps for a backward pass to its input, without the model's own tensors."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    seen: dict[int, int] = {}
+    alive = []
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        alive.append(t)
+        storage = t.untyped_storage()
+        seen[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    x = torch.randn(batch, tokens, model.config.hidden_size, dtype=model.dtype, requires_grad=True)
+    mask = torch.ones(batch, tokens, dtype=torch.long)
+    mask[0, -1] = 0  # a padded batch, as nearly all are
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model.get_decoder()(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state.sum()
+    return sum(size for place, size in seen.items() if place not in own)
+
+
+def shape(model: PreTrainedModel) -> planning.Shape:
+    return planning._of_config(model.config.to_dict())
+
+
+def per_layer(make: Callable[[int], PreTrainedModel], tokens: int = 24, batch: int = 3) -> float:
+    two, three = (saved(make(n), tokens, batch) for n in (2, 3))
+    return three - two
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "olmo2"])
+def test_what_is_kept_for_a_backward_pass_is_what_torch_saves(name: str, dtype: torch.dtype) -> None:
+    whole = FAMILIES[name]().config.to_dict()
+
+    def make(layers: int) -> PreTrainedModel:
+        config = FAMILIES[name]().config
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:1] * layers
+        return type(FAMILIES[name]())(config).to(dtype).requires_grad_(False).eval()
+
+    counted = per_layer(make)
+    said = planning.kept_for_backward(planning._of_config(whole), 72, dtype.itemsize, layers=1)
+    assert said == pytest.approx(counted, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("trained", "dtype"), [("lora", torch.float32), ("lora", torch.bfloat16), ("layer", torch.float32)]
+)
+def test_what_enters_the_trained_weights_is_kept_too(trained: str, dtype: torch.dtype) -> None:
+    def make(layers: int) -> PreTrainedModel:
+        model = tiny_llama(layers, hidden=64, intermediate_size=160).to(dtype)
+        _attach(model, tuple(range(1, layers + 1)), TransferConfig(trained=trained))
+        return model
+
+    counted = per_layer(make)
+    model = tiny_llama(1, hidden=64, intermediate_size=160)
+    said = planning.kept_for_backward(shape(model), 72, dtype.itemsize, layers=1, trained=trained)
+    assert said == pytest.approx(counted, rel=0.15)
+
+
+@pytest.mark.parametrize("name", sorted(planning.configurations()))
+def test_the_kept_configurations_have_the_parameters_of_their_architecture(name: str) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    s = planning.shape_of(Hub(source="hub", id=name, revision="main"))
+    config: Any = AutoConfig.for_model(
+        s.type, hidden_size=s.width, intermediate_size=s.mlp, num_hidden_layers=s.layers, num_attention_heads=s.heads,
+        num_key_value_heads=s.groups, head_dim=s.head, vocab_size=s.vocabulary, tie_word_embeddings=s.tied,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    assert sum(p.numel() for p in model.parameters()) == s.parameters
+
+
+def test_sizes_are_those_that_are_published() -> None:
+    """Touvron et al. 2023 and the hub's own counts: 13.02 and 6.74 thousand million, 361.8 and 134.5 million."""
+    published = {"meta-llama/Llama-2-13b-chat-hf": 13.02e9, "meta-llama/Llama-2-7b-chat-hf": 6.74e9}
+    published |= {"HuggingFaceTB/SmolLM2-360M-Instruct": 361.8e6, "HuggingFaceTB/SmolLM2-135M-Instruct": 134.5e6}
+    for name, size in published.items():
+        assert planning.shape_of(Hub(source="hub", id=name, revision="main")).parameters == pytest.approx(
+            size, rel=1e-3
+        )
+
+
+@pytest.mark.parametrize("name", HUB_PROFILES)
+def test_every_profile_of_the_hub_has_a_page_of_its_needs(name: str) -> None:
+    p = load_profile(name)
+    found = planning.plan(p, chapters_of(p))
+    page = planning.markdown(found)
+    assert set(found.methods) == set(p.methods) and found.downloads > 0 and found.scratch > 0
+    rows = [line for line in page.splitlines() if line.startswith("| method") or line.startswith("| chapter")]
+    assert len(rows) == len(found.methods) + len(found.chapters)
+    for line in rows:
+        gpu = float(line.split("|")[2])
+        fits = [cell.strip() == "fits" for cell in line.split("|")[5:7]]
+        assert fits[1] or not fits[0], "what fits 40 GB fits 80"
+        assert fits == [gpu <= 40, gpu <= 80] or min(abs(gpu - 40), abs(gpu - 80)) < 0.1
+    assert all(hours > 0 for hours in found.hours.values()) and found.hours["H100"] < found.hours["A100"]
+    for said in found.mends:  # each sentence names something that helps
+        assert "does not fit" in said and ("set " in said or "take " in said or "run " in said)
+
+
+def test_the_book_of_a_hub_profile_has_the_plan_as_a_page() -> None:
+    for name in HUB_PROFILES:
+        page = book.plan_page(load_profile(name))
+        assert page.startswith("# What this profile needs\n") and "| chapter `04_alignment` |" in page
+    assert book.plan_page(load_profile("smoke")) == ""
+
+
+def test_a_mend_mends() -> None:
+    p = load_profile("llama2")
+    said = next(s for s in planning.plan(p).mends if s.startswith("method sft does not fit 40 GB"))
+    batch = int(said.rpartition("eval_batch_size: ")[2])
+    assert planning.method_memory(p, "sft").gpu > 40e9
+    assert planning.method_memory(p.changed(eval_batch_size=batch), "sft").gpu <= 40e9
+
+
+def test_every_method_and_every_chapter_that_loads_models_is_planned() -> None:
+    assert set(planning.WAYS) == set(REGISTRY)
+    assert set(planning.CHAPTERS) <= set(ORDER)
+    for held in planning.CHAPTERS.values():
+        assert set(held.methods) <= {"*", *REGISTRY}
+
+
+def test_a_model_that_no_plan_knows_is_one_sentence() -> None:
+    with pytest.raises(ProfileError, match=r"no configuration of someone/else: add .*configurations\.yaml"):
+        planning.shape_of(Hub(source="hub", id="someone/else", revision="main"))
+
+
+def test_a_plan_loads_no_model_library_and_is_printed() -> None:
+    code = (
+        "import sys; from semalign.pipeline.__main__ import main; code = main(['plan', 'llama2']); "
+        "print('torch' in sys.modules, code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False 0" and "| method `semalign`" in done.stdout

@@ -1,0 +1,185 @@
+"""A chapter's finding: its numbers are those of the metrics, its words follow them, and what is absent is left out."""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+
+import pytest
+
+from semalign.pipeline.notebooks import KEPT_ELSEWHERE, ORDER
+from semalign.study.findings import FINDINGS, finding
+
+
+def e(mean: float, low: float, high: float, name: str = "mean") -> dict[str, float]:
+    return {name: mean, "low": low, "high": high, "p": 0.5}
+
+
+SCORES = {"teacher": e(0.8, 0.7, 0.9), "none": e(0.5, 0.4, 0.6)}
+GAINS = {"none": {"semalign": e(0.011, -0.02, 0.04)}, "sft_layer": {"semalign": e(-0.03, -0.05, -0.01)}}
+COMMON = {"primary": "answers", "scores": SCORES, "gains": GAINS}
+SHAPES = {"teacher": {"parameters": 200, "layers": 5, "width": 160, "vocabulary": 2048}}
+SHAPES["student"] = {"parameters": 120, "layers": 4, "width": 128, "vocabulary": 2048}
+CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "00_models_and_data": ({"pair": SHAPES}, ["60 %", "4 layers against 5", "2,048"]),
+    "01_semantics": (
+        {
+            "cosine_over_layers": {"output side": {"mean": 0.74}, "random": {"mean": 0.994}},
+            "worst_self_transfer": 0.689,
+        },
+        ["0.994", "0.740", "Random bases do better", "0.689 at worst"],
+    ),
+    "02_importance": (
+        {"distinct_choices": 3, "n_teacher": 5, "critical_layer": 2, "scores": {str(i): [1.0] for i in range(12)}},
+        ["12 readings", "3 layers of 5", "names layer 2"],
+    ),
+    "03_pairing": (
+        {"n_teacher": 5, "critical_layer": 4, "pair": [5, 4], "depths": [1, 2, 3, 5]},
+        ["Student layer 4", "teacher layer 5", "though layer 4", "never reads 1 of"],
+    ),
+    "04_alignment": (
+        {
+            "cosine": {"semalign/0": {"before": 0.2, "after": 0.4}, "semalign/1": {"before": 0.2, "after": 0.5},
+                       "random map/0": {"before": 0.0, "after": 0.3}},
+            "against_sft_same_layer": {"semalign": e(-0.075, -0.083, -0.068, "difference")},
+        },
+        ["+0.250", "+0.300", "-7.5 points (-8.3 to -6.8)"],
+    ),
+    "04b_gates": (
+        {"gates": {"positive control": {"passed": True, "value": 0.21}, "placebo": {"passed": False, "value": 0.1}}},
+        ["1 of 2 gates", "not: placebo", "+21.0 points"],
+    ),
+    "05_mmlu": (
+        {**COMMON, "arrived": {"teacher": {"semalign": e(0.02, -0.01, 0.05)}, "none": {"semalign": e(0.0, 0.0, 0.0)}}},
+        ["only the teacher had read by +2.0 points", "nobody had read by +0.0", "+1.1 points (-2.0 to +4.0)"],
+    ),
+    "06_gsm8k": (
+        {
+            **COMMON,
+            "why": {"none": {"right": 0.5, "another plan": 0.3}, "semalign": {"right": 0.6, "another plan": 0.3}},
+        },
+        ["60 % had another plan before", "75 % after", "labels in the same layer by -3.0"],
+    ),
+    "07_humaneval": (
+        {
+            **COMMON,
+            "why": {
+                "none": {"no program": 0.1, "unknown name": 0.2},
+                "semalign": {"no program": 0.0, "unknown name": 0.1},
+            },
+        },
+        ["30.0 % of the programs failed before", "10.0 % after"],
+    ),
+    "08_mbpp": (
+        {**COMMON, "asserts": {"semalign": {"some hold": 7.0, "fail": 90.0}}},
+        ["Of 90 programs that fail", "7 satisfy"],
+    ),
+    "09_fine_tuned_teachers": (
+        {"fine_tuned_over_plain": {"humaneval": e(0.001, -0.002, 0.004), "mbpp": e(0.007, -0.003, 0.022)}},
+        ["+0.1 points (-0.2 to +0.4) on humaneval", "+0.7 points (-0.3 to +2.2) on mbpp"],
+    ),
+    "10_similarity": (
+        {
+            "share_on_diagonal": 0.5,
+            "summary": {"semalign": {"largest change": 0.006}},
+            "least_change_without_states": 0.019,
+        },
+        ["50 %", "0.006", "0.019"],
+    ),
+    "11_ablations": (
+        {
+            "table": {
+                "paper: as in the paper": e(-0.05, -0.06, -0.04, "difference"),
+                "map: logit": e(0.02, 0.01, 0.03, "difference"),
+                "map: tight": e(-0.02, -0.03, -0.01, "difference"), "layer: 2": e(0.0, -0.01, 0.01, "difference"),
+                "no teacher: all layers": e(0.2, 0.1, 0.3, "difference"),
+            }
+        },
+        ["-5.0 points (-6.0 to -4.0)", "3 other settings", "1 lie above", "1 below"],
+    ),
+    "12_controls": (
+        {"planted": {"before": 0.008, "the paper's": 0.02, "residual, logit map": 0.0004, "KL alone": 0.0014}},
+        ["0.0080 nats", "0.0200", "0.0004", "0.0014"],
+    ),
+    "12b_students": (
+        {
+            "verdicts": {"mmlu": {"taught": True, "by states": True}, "gsm8k": {"taught": True, "by states": False}},
+            "differences": {"mmlu / twin": e(0.01, 0.0, 0.02), "gsm8k / twin": e(-0.01, -0.02, 0.0)},
+        },
+        ["on 2 of 2 tasks", "states on 1", "+1.0 points (+0.0 to +2.0) on mmlu"],
+    ),
+    "13_rivals": (
+        {"differing": {"laten": 47104, "laten_released": 0}, "moved": 9.5e-6},
+        ["0 weights", "47,104", "9.5e-06"],
+    ),
+    "13b_regimes": (
+        {
+            "added": {"a": e(0.1, 0.05, 0.2), "b": e(-0.1, -0.2, -0.05), "c": e(0.0, -0.1, 0.1)},
+            "overall": {
+                "states and labels, layer k / kin": e(0.02, 0.01, 0.03),
+                "states and labels, layer k / wide": e(0.0, -0.01, 0.01),
+            },
+        },
+        ["Of 3 cells", "1 lie above", "1 below", "from kin +2.0 points", "across a width +0.0"],
+    ),
+    "14_search": (
+        {
+            "wins": ["mmlu"], "caused_by_states": [], "leads": {"mmlu": {}, "gsm8k": {}},
+            "leads_over_tasks": {"best of labels": e(0.01, 0.0, 0.02), "best of logits": e(-0.01, -0.02, 0.0)},
+        },
+        ["on 1 of 2 tasks", "states on 0", "labels by +1.0", "logits by -1.0"],
+    ),
+    "15_paper_against_ours": (
+        {"counts": {"this run": {"reproduced": 3, "contradicted": 1, "undecided": 0}, "full run": {"reproduced": 9}}},
+        ["Of 4 claims: 3 reproduced, 1 contradicted."],
+    ),
+}  # fmt: skip
+
+
+def test_every_chapter_that_a_profile_speaks_to_has_one() -> None:
+    assert list(FINDINGS) == list(CASES) == [name for name in ORDER if name not in KEPT_ELSEWHERE]
+
+
+@pytest.mark.parametrize("chapter", CASES)
+def test_the_numbers_of_the_sentence_are_those_of_the_metrics(chapter: str) -> None:
+    metrics, parts = CASES[chapter]
+    said = finding(chapter, metrics)
+    assert not [part for part in parts if part not in said], said
+    assert said.endswith(".") and re.search(r"\d", said)
+
+
+def paths(tree: Any, at: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    own = [at] if at else []
+    return own + [p for k, v in tree.items() for p in paths(v, (*at, k))] if isinstance(tree, dict) else own
+
+
+@pytest.mark.parametrize("chapter", CASES)
+def test_whatever_number_is_missing_the_rest_is_said_or_nothing_is(chapter: str) -> None:
+    metrics, _ = CASES[chapter]
+    whole = finding(chapter, metrics)
+    for path in paths(metrics):
+        for gone in (True, False):  # taken out, or None as where there is no number
+            less = copy.deepcopy(metrics)
+            *above, last = path
+            at = less
+            for name in above:
+                at = at[name]
+            if gone:
+                del at[last]
+            else:
+                at[last] = None
+            said = finding(chapter, less)
+            assert "None" not in said and "nan" not in said and (said == "" or said.endswith(".")), (path, said)
+    assert finding(chapter, {}) == "" and whole
+
+
+def test_words_follow_the_numbers() -> None:
+    turned = copy.deepcopy(CASES["01_semantics"][0])
+    turned["cosine_over_layers"]["random"]["mean"] = 0.1
+    assert "Random bases do worse" in finding("01_semantics", turned)
+    assert "which is the critical one" in finding("03_pairing", {**CASES["03_pairing"][0], "critical_layer": 5})
+    passed = {"gates": {"placebo": {"passed": True, "value": 0.0}}}
+    assert finding("04b_gates", passed) == "1 of 1 gates are passed."
+    assert "answer tokens" in finding("05_mmlu", {**COMMON, "primary": "tokens"})
+    assert finding("05_mmlu", {**COMMON, "primary": "loss"}) == "" and finding("90_cost", COMMON) == ""
