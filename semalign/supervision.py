@@ -95,8 +95,8 @@ class SupervisionCache:
         for source in sources:
             if source.point not in POINTS or not 1 <= source.low <= source.high <= depth:
                 raise ValueError(
-                    f"{source} is not in a teacher of {depth} layers: choose one of them and a point of "
-                    f"{', '.join(POINTS)}"
+                    f"{source} is not in a teacher of {depth} layers with points {', '.join(POINTS)}: choose among "
+                    "these"
                 )
         key = _key(teacher, data, sources, matrix, dtype, top_k, vocabulary if top_k else None)
         root = Path(root)

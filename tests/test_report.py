@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,10 @@ def test_what_is_no_metrics_file_is_named(tmp_path: Path, text: str) -> None:
         load_metrics(path)
 
 
+needs_git = pytest.mark.skipif(not shutil.which("git"), reason="git is not installed")
+
+
+@needs_git
 def test_commit_and_uncommitted_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a repository of its own: before its first commit, right after it, and with a change."""
 
@@ -98,6 +103,7 @@ def test_commit_and_uncommitted_changes(tmp_path: Path, monkeypatch: pytest.Monk
         made = load_metrics(tmp_path.parent / "out.json")[1]
         return made["commit"], made["dirty"]
 
+    monkeypatch.setattr(report, "ROOT", tmp_path)
     monkeypatch.setattr(report, "__file__", str(tmp_path / "report.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert origin() == ("unknown", False)
@@ -183,6 +189,7 @@ def test_json_on_disk_is_for_people_too(tmp_path: Path) -> None:
     assert '\n  "accuracy": 0.25' in (tmp_path / "01.json").read_text()
 
 
+@needs_git
 def test_a_repository_around_an_unpacked_archive_lends_no_commit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,7 +46,8 @@ def load_items(task: str, source: str | Path | Sequence[Row] | None = None, spli
     rows = []
     for i, row in enumerate(given):
         if not isinstance(row, dict):
-            raise DataError(f"{where}: question {i + 1} is {type(row).__name__} and must be a row of named fields")
+            said = f"question {i + 1} is {type(row).__name__} and not a row of named fields"
+            raise DataError(f"{where}: {said}: write it as one")
         row = dict(row)
         wrong = typed(row, asked.fields, asked.optional)
         if not wrong and asked.check is not None:

@@ -1,0 +1,114 @@
+"""Hostile environments: another user, another locale, a space in the path, no git, no tools, no entry for the user.
+
+A small part of the suite runs there in a process of its own. Where an environment cannot be had, one sentence says so.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import working_copy
+
+from semalign.pipeline.notebooks import ROOT
+
+PART = [
+    "tests/test_profiles.py", "tests/lm/test_files.py", "tests/test_report.py",
+    "tests/benchmarks/test_sandbox.py::test_outcomes_keep_the_order_and_say_why",
+]  # fmt: skip
+"""Fast, and between them: files, locks, provenance with git, profiles by path, programs in the sandbox."""
+USERS = {"with an entry, nobody": 65534, "without an entry": 54321}
+
+
+@pytest.fixture
+def room() -> Iterator[Path]:
+    """A folder that every user may enter; pytest's own is its owner's alone."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _part(root: Path, *before: str, **environment: str) -> str:
+    """What the part of the suite prints in ``root``; it has to pass."""
+    settings = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", **environment}
+    words = [*before, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *PART]
+    done = subprocess.run(words, cwd=root, env=settings, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 0, done.stdout[-5000:]
+    return done.stdout
+
+
+def _as(uid: int) -> list[str]:
+    """The command before another one that runs it as an ordinary user, who may read this installation."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+    if not shutil.which("setpriv"):
+        pytest.skip("setpriv, by which root becomes another user, is not installed")
+    user = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups"]
+    reads = [*user, "--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]  # an installation of root's own
+    starts = "import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', 'import torch']))"
+    for before in (user, reads):
+        if subprocess.run([*before, sys.executable, "-c", starts], capture_output=True).returncode == 0:
+            return before
+    pytest.skip(f"no other user can read the interpreter {sys.executable}")
+
+
+@pytest.mark.parametrize("uid", USERS.values(), ids=list(USERS))
+def test_an_ordinary_user(uid: int, room: Path) -> None:
+    before = _as(uid)
+    root = working_copy.copy_to(room / "copy")
+    own = room / "own"
+    own.mkdir()
+    for path in (own, root, *root.rglob("*")):
+        if not path.is_symlink():
+            os.chown(path, uid, uid)
+    _part(root, *before, HOME=str(own), TMPDIR=str(own))
+
+
+def test_a_user_who_may_write_neither_the_repository_nor_home(room: Path) -> None:
+    before = _as(54321)
+    root = working_copy.copy_to(room / "copy")
+    own = room / "own"
+    own.mkdir()
+    os.chown(own, 54321, 54321)
+    _part(root, *before, HOME="/nonexistent", TMPDIR=str(own))
+
+
+def test_the_c_locale_in_a_path_with_a_space(room: Path) -> None:
+    root = working_copy.copy_to(room / "my work")
+    _part(root, LC_ALL="C", LANG="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+
+
+def test_an_archive_without_git(room: Path) -> None:
+    git = shutil.which("git")
+    if not git or not (ROOT / ".git").exists():
+        pytest.skip("there is no git repository here to make an archive of")
+    archive, root, empty = room / "all.tar", room / "archive", room / "bin"
+    subprocess.run([git, "-C", str(ROOT), "archive", "-o", str(archive), "HEAD"], check=True)
+    with tarfile.open(archive) as packed:
+        packed.extractall(root, filter="data")
+    empty.mkdir()
+    for name in ("unshare", "setpriv", "mount", "mkdir", "ln", "sh"):
+        if place := shutil.which(name):
+            (empty / name).symlink_to(place)
+    _part(root, PATH=str(empty))
+
+
+def test_junk_in_the_users_settings(room: Path) -> None:
+    root, junk = working_copy.copy_to(room / "copy"), str(room / "junk")
+    _part(root, MPLBACKEND="none.such", IPYTHONDIR=junk, JUPYTER_PATH=junk, PYTHONPATH=f"{root}{os.pathsep}{junk}")
+
+
+def test_without_tools_the_command_line_refuses_others_programs_in_one_sentence(room: Path) -> None:
+    code = "from semalign.benchmarks import sandbox; sandbox.require_level('namespace')"
+    settings = {**os.environ, "PATH": str(room), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=settings, text=True, capture_output=True)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode and "neither bwrap nor unshare is on the PATH: install bubblewrap" in last
