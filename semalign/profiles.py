@@ -214,7 +214,7 @@ class Profile(TrialSettings):
     seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1)
     fine_tuned_teachers: dict[str, Source] = {}  # of table 2, by name; each has the teacher's vocabulary
     methods: list[str] = Field(["none", "sft", "semalign"], min_length=1)  # rows of table 1
-    hyperparameters: dict[str, dict[str, Any]] = {}  # a method's own; under ``on``, by task
+    hyperparameters: dict[str, dict[str, Any]] = {}  # a method's own; what differs by task, ``by_task``
     primary: Literal["answers", "tokens", "loss"] = "answers"  # what verdicts rest on
     search: Search = Search()
     regimes: Regimes = Regimes()
@@ -237,8 +237,8 @@ class Profile(TrialSettings):
             _one_of(method, methods, f"methods.{at}")
         for method, given in self.hyperparameters.items():
             _one_of(method, methods, "hyperparameters")
-            for task in given.get("on", {}):
-                _one_of(task, tasks, f"hyperparameters.{method}.on")
+            for task in given.get("by_task", {}):
+                _one_of(task, tasks, f"hyperparameters.{method}.by_task")
         for key in ("search", "regimes"):
             for at, task in enumerate(getattr(self, key).tasks):
                 _one_of(task, self.tasks, f"{key}.tasks.{at}")

@@ -244,9 +244,9 @@ def _fingerprint(value: Any) -> str:
 
 
 def hyperparameters(p: Profile, method: str, task: str) -> dict[str, Any]:
-    """What a profile gives to a method alone; what it gives ``on`` a task replaces what it gives on all."""
+    """What a profile gives to a method alone; what it gives ``by_task`` replaces what it gives on all."""
     given = dict(p.hyperparameters.get(method, {}))
-    return given | given.pop("on", {}).get(task, {})
+    return given | given.pop("by_task", {}).get(task, {})
 
 
 def config_of(p: Profile, seed: int) -> TransferConfig:

@@ -78,7 +78,7 @@ def test_a_damaged_trial_is_named_and_made_again(
 
 
 def test_what_a_method_has_of_its_own_counts_for_it_alone_and_on_a_task_for_that() -> None:
-    given = settings(hyperparameters={"sft": {"lr": 1e-2, "on": {"gsm8k": {"lr": 1e-5, "epochs": 3}}}})
+    given = settings(hyperparameters={"sft": {"lr": 1e-2, "by_task": {"gsm8k": {"lr": 1e-5, "epochs": 3}}}})
     assert trials.hyperparameters(given, "sft", "gsm8k") == {"lr": 1e-5, "epochs": 3}
     assert (
         trials.hyperparameters(given, "sft", "mmlu") == {"lr": 1e-2}
@@ -89,8 +89,8 @@ def test_what_a_method_has_of_its_own_counts_for_it_alone_and_on_a_task_for_that
     assert key(given, ["gsm8k"], "semalign", 0) == key(settings(), ["gsm8k"], "semalign", 0)
     everywhere = settings(hyperparameters={"sft": {"lr": 1e-2}})
     assert key(given, ["mmlu"], "sft", 0) == key(everywhere, ["mmlu"], "sft", 0)
-    with pytest.raises(ProfileError, match=r"hyperparameters\.sft\.on"):
-        settings(hyperparameters={"sft": {"on": {"gsm": {}}}})
+    with pytest.raises(ProfileError, match=r"hyperparameters\.sft\.by_task"):
+        settings(hyperparameters={"sft": {"by_task": {"gsm": {}}}})
 
 
 def test_hyperparameters_reach_the_method_and_wrong_ones_are_named(
