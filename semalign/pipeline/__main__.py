@@ -1,4 +1,4 @@
-"""The command line: ``run``, ``plan``, ``fetch``, ``tune``, ``keep``, ``pdf``, ``slides``; and what the Snakefile calls."""
+"""The command line: ``run``, ``plan``, ``fetch``, ``tune``, ``keep``, ``pdf``, ``slides``, and the Snakefile's jobs."""
 
 from __future__ import annotations
 

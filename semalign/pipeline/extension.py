@@ -1,9 +1,10 @@
-"""The book's own Sphinx extension: docstrings as markup, headers that head something, a description for every page."""
+"""The book's own Sphinx extension: docstrings as markup, headers that head something, pages described and light."""
 
 from __future__ import annotations
 
 import html
 import re
+from pathlib import Path
 from typing import Any
 
 LITERAL = re.compile(r"(``.*?``)")
@@ -42,6 +43,11 @@ def description(text: str) -> str:
     return words if len(words) <= LONGEST else words[: LONGEST + 1].rpartition(" ")[0].rstrip(",;:") + " …"
 
 
+def without_icon_script(page: str) -> str:
+    """A page that draws its icons by the theme's font alone; its script, of 1.5 MB, would draw them a second time."""
+    return re.sub(r'\s*<script src="[^"]*fontawesome[^"]*"></script>', "", page)
+
+
 def _docstring(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     lines[:] = as_markup(lines, named=what in ("attribute", "data", "property"))
 
@@ -66,9 +72,21 @@ def _sources(app: Any) -> list[Any]:
     return []
 
 
+def _finished(app: Any, error: Exception | None) -> None:
+    if error is not None or app.builder.format != "html":
+        return
+    for path in Path(app.outdir).rglob("*.html"):
+        before = path.read_text(encoding="utf-8")
+        if (after := without_icon_script(before)) != before:
+            path.write_text(after, encoding="utf-8")
+    for path in Path(app.outdir).glob("_static/vendor/fontawesome/*/js/*"):
+        path.unlink()
+
+
 def setup(app: Any) -> dict[str, bool]:
     """Called by Sphinx; docstrings are prepared before napoleon, of priority 500, reads them."""
     app.connect("autodoc-process-docstring", _docstring, priority=400)
     app.connect("html-page-context", _page)
     app.connect("html-collect-pages", _sources, priority=400)
+    app.connect("build-finished", _finished)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -25,15 +25,11 @@ MARKS = ("data", "findings", "downloads")
 API = {
     "paper": ("The paper", ("semantics", "attribution", "pairing", "supervision", "alignment")),
     "models": ("Models, profiles and reports", ("models", "profiles", "report", "packaged")),
-    "lm": ("A language model from outside", ("lm",)),
-    "training": ("Training", ("training",)),
-    "methods": ("Methods", ("methods",)),
-    "benchmarks": ("Benchmarks", ("benchmarks",)),
-    "classroom": ("The classroom", ("classroom",)),
-    "study": ("Study", ("study",)),
-    "pipeline": ("The pipeline", ("pipeline",)),
 }
-"""The pages of the reference: what each is called, and whose modules it holds."""
+"""The first pages of the reference: what each is called, and whose modules it holds. Then each folder has its own."""
+
+WINGS = ("lm", "training", "methods", "benchmarks", "classroom", "planning", "study", "pipeline")
+"""The order of the folders in the reference; one that is not among them comes last."""
 
 PROGRAMS = ("__main__", "driver")
 """Modules that are run and not imported, and that the reference leaves out."""
@@ -231,8 +227,10 @@ def public_modules(wing: str) -> list[str]:
 
 def api_pages() -> dict[str, str]:
     """The pages of the reference by file name, each a list of modules that autodoc fills."""
+    folders = [path.parent.name for path in (ROOT / "semalign").glob("*/__init__.py")]
+    order = sorted(folders, key=lambda name: (WINGS.index(name) if name in WINGS else len(WINGS), name))
     pages = {}
-    for name, (label, wings) in API.items():
+    for name, (label, wings) in {**API, **{name: (f"`semalign.{name}`", (name,)) for name in order}}.items():
         modules = [module for wing in wings for module in public_modules(wing)]
         parts = [
             f"## `{module}`\n\n```{{eval-rst}}\n.. automodule:: {module}\n   :members:\n   :member-order: bysource\n```"

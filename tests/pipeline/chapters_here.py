@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 
 import matplotlib
@@ -48,6 +49,7 @@ def main(profile: str, results: Path) -> None:
     preflight(p)
     for name in chapters_of(p):
         sys.stdout.flush()
+        start = time.monotonic()
         child = os.fork()
         if child == 0:
             status = 1
@@ -59,6 +61,7 @@ def main(profile: str, results: Path) -> None:
                 os._exit(status)
         if os.waitpid(child, 0)[1]:
             sys.exit(f"chapter {name} failed")
+        print(f"[{name}] {time.monotonic() - start:6.1f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from semalign.pipeline import book, notebooks, pages, printing, slides
-from semalign.pipeline.extension import as_markup, description, for_screen_readers
+from semalign.pipeline.extension import as_markup, description, for_screen_readers, without_icon_script
 from semalign.profiles import declared, load_profile
 from semalign.report import load_metrics, save_metrics
 
@@ -120,6 +120,13 @@ def test_tables_have_one_class_and_no_header_without_a_name() -> None:
     empty, full = '<th class="head"><p></p></th>', "<th><p>b</p></th>"
     assert for_screen_readers(empty + full) == f'<td class="head"></td>{full}'
     assert for_screen_readers('<div role="doc-biblioentry">') == '<div role="listitem">'
+
+
+def test_only_the_script_of_icons_goes() -> None:
+    kept = '<link href="../_static/vendor/fontawesome/6.5.2/css/all.min.css">'
+    kept += '<script src="../_static/doctools.js"></script>'
+    script = '\n  <script src="../_static/vendor/fontawesome/6.5.2/js/all.min.js?digest=1"></script>'
+    assert without_icon_script(kept + script) == kept
 
 
 def test_a_description_is_short_and_ends_with_a_word() -> None:
