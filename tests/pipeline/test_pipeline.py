@@ -163,7 +163,11 @@ def test_a_book_of_a_folder_without_a_run_names_what_is_missing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["book", "smoke", "--results", str(tmp_path)]) == 1
-    assert "main_figure.svg is missing: correct the path, or run what makes it" in capsys.readouterr().err
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and f"there are no metrics at {tmp_path}" in said[0]
+    with pytest.raises(FileNotFoundError) as absent:
+        (tmp_path / "main_figure.svg").read_text()
+    assert cli.said_of(absent.value) == f"{tmp_path}/main_figure.svg is missing: correct the path, or run what makes it"
 
 
 def test_results_that_cannot_be_written_are_refused_with_their_owner(
