@@ -97,7 +97,7 @@ FAINT = """
     }
     return [255, 255, 255];
   };
-  return [...document.querySelectorAll('.bd-article :is(a, td, th, figcaption, summary p)')].filter(e => {
+  return [...document.querySelectorAll('.bd-article :is(a, td, th, figcaption span, summary p)')].filter(e => {
     if (!e.textContent.trim() || !e.getClientRects().length || e.classList.contains('headerlink')) return false;
     const [high, low] = [light(numbers(getComputedStyle(e).color)), light(ground(e))].sort((a, b) => b - a);
     return (high + 0.05) / (low + 0.05) < 4.5;
