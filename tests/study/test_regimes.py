@@ -32,7 +32,9 @@ def test_what_asks_no_teacher_has_one_cell_for_all_kinds() -> None:
 
 
 def test_a_cell_trains_every_student_with_its_own_teacher(tmp_path: Path) -> None:
-    p = load_profile("smoke", sizes={"test": 12, "validation": 2}, max_new_tokens=2)
+    one = load_profile("smoke", sizes={"test": 12, "validation": 2}, max_new_tokens=2)
+    sibling, kin = (one.student.model_copy(update={"seed": seed}) for seed in (4, 6))
+    p = one.changed(siblings=[sibling], kin_teachers=[*one.kin_teachers, kin])
     trained = {
         kind: regimes.cell(p, "mmlu", "states and labels, layer k", 4, kind, tmp_path) for kind in ("wide", "kin")
     }
