@@ -80,7 +80,7 @@ def beside_a_gpu(m: pytest.MonkeyPatch) -> None:
         ({"allow_code_execution": False}, None, ["humaneval and mbpp", "allow_code_execution: true"]),
         ({}, no_token, ["meta-llama/Llama-2-13b-chat-hf", "gated", "HF_TOKEN"]),
         ({}, no_room, ["GB", "1.0 GB are free", "HF_HOME", "TMPDIR"]),
-        ({}, no_isolation, ["isolation='namespace'", "install bubblewrap"]),
+        ({}, no_isolation, ["in namespaces alone", "install bubblewrap"]),
         ({}, nothing_to_validate_on, ["gsm8k has no examples in validation", "SEMALIGN_DATA"]),
         ({"device": "cuda"}, None, ["device: cuda", "make setup"]),
         ({}, given_a_gpu, ["was given a GPU", "make setup"]),
