@@ -55,11 +55,8 @@ tune: setup ## choose each method's hyperparameters for PROFILE on validation ex
 keep: setup ## keep the numbers of a finished run of PROFILE in book/full_run, which the page on the full run draws
 	@$(BIN)/python -m semalign.pipeline keep "$(PROFILE)"
 
-# The longest files first: what begins last is waited for.
-LONGEST = tests/pipeline/test_scenario.py tests/pipeline/test_tasks.py
-
 test: setup ## the test suite, a file at a time on each core
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(LONGEST) tests -n auto --dist loadfile --no-loadscope-reorder
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadfile --no-loadscope-reorder
 
 test-slurm: setup ## a run on a one-node SLURM cluster made for it, killed and resumed (root on Debian)
 	@$(BIN)/python tests/cluster/slurm.py

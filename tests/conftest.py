@@ -6,7 +6,17 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
+LONGEST = ("test_scenario.py", "test_tasks.py")
+"""Files that begin first: what begins last is waited for."""
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.pop("MPLBACKEND", None)  # a backend that matplotlib does not know stops its import
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, all others in their order."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
