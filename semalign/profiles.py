@@ -246,8 +246,8 @@ class Profile(TrialSettings):
             for split, most in classroom_sizes().items():
                 if (asked := getattr(self.sizes, split) or 0) > most:
                     raise ValueError(f"sizes.{split}: {asked} is more than the {most} that the classroom has: lower it")
-        if self.kin_teachers and len(self.kin_teachers) != 1 + len(self.siblings):
-            students = 1 + len(self.siblings)
+        if self.kin_teachers and len(self.kin_teachers) != len(self.students):
+            students = len(self.students)
             raise ValueError(
                 f"kin_teachers are {len(self.kin_teachers)}, students {students}: give one teacher for each"
             )
@@ -255,6 +255,11 @@ class Profile(TrialSettings):
             _one_of(task, tasks, "protocols")
             _one_of(protocol, tasks[task]["protocols"], f"protocols.{task}")
         return self
+
+    @property
+    def students(self) -> list[Source]:
+        """The student and its siblings."""
+        return [self.student, *self.siblings]
 
     @property
     def code_tasks(self) -> list[str]:

@@ -39,7 +39,8 @@ def write_bytes(path: Path, content: bytes) -> None:
 def _write(path: Path, content: bytes) -> None:
     host = socket.gethostname()
     for stale in path.parent.glob(f".{path.name}.{host}-*"):
-        if not _alive(stale.name.rpartition("-")[2]):
+        number = stale.name.rpartition("-")[2]
+        if not (number.isdecimal() and alive(int(number))):
             stale.unlink(missing_ok=True)
     partial = path.with_name(f".{path.name}.{host}-{os.getpid()}")
     try:
@@ -49,10 +50,11 @@ def _write(path: Path, content: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _alive(process: str) -> bool:
+def alive(process: int) -> bool:
+    """Whether a process of this number runs on this machine, whoever's it is."""
     try:
-        os.kill(int(process), 0)
-    except (ProcessLookupError, ValueError, OverflowError):
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         pass

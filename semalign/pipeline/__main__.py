@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import socket
@@ -14,12 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from semalign.lm.files import read_json
+from semalign.lm.files import alive, locked, read_json
 from semalign.pipeline.notebooks import KEPT_ELSEWHERE, ORDER, ROOT, chapters_of, run_digest, stamp
 from semalign.planning.preflight import CHECKED, asks_more, before_models, checked, disks, preflight, tokens
 from semalign.profiles import Profile, load_profile
 
-_LOCKS: list[Any] = []  # open lock files: closing one would release it
+_LOCKS = contextlib.ExitStack()  # held until the process ends, which releases them
 
 
 def lock(results: str) -> None:
@@ -28,16 +29,11 @@ def lock(results: str) -> None:
     Raises:
         RuntimeError: another process holds it.
     """
-    import fcntl
-
     Path(results).mkdir(parents=True, exist_ok=True)
-    handle = open(Path(results) / ".lock", "w")  # noqa: SIM115 - held open on purpose
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        handle.close()
+        _LOCKS.enter_context(locked(Path(results), wait=False))
+    except RuntimeError:
         raise RuntimeError(f"another run is writing to {results}; wait for it to end, or stop it") from None
-    _LOCKS.append(handle)
 
 
 OWNERS = ("SEMALIGN_MAKE", "SEMALIGN_RUN", "SEMALIGN_SNAKEMAKE")
@@ -62,13 +58,8 @@ def watch_owners() -> None:
 
     def loop() -> None:
         while True:
-            for pid in pids:
-                try:
-                    os.kill(pid, 0)
-                except ProcessLookupError:
-                    os._exit(1)
-                except PermissionError:
-                    pass
+            if not all(map(alive, pids)):
+                os._exit(1)
             time.sleep(0.5)
 
     threading.Thread(target=loop, daemon=True).start()

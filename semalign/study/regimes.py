@@ -49,8 +49,6 @@ WAYS = {
 }
 """What is compared, by the name that the map has for it."""
 
-UNTOUCHED = "untouched"
-
 
 def budget(examples: int, steps: int) -> dict[str, int]:
     """``batch`` and ``epochs`` with which so many examples make about so many steps, in two epochs or more.
@@ -61,11 +59,6 @@ def budget(examples: int, steps: int) -> dict[str, int]:
     return {"batch": batch, "epochs": max(2, round(steps / math.ceil(examples / batch)))}
 
 
-def students_of(p: Profile) -> list[Any]:
-    """The student and its siblings."""
-    return [p.student, *p.siblings]
-
-
 def kinds_of(p: Profile) -> list[str]:
     """The kinds of teachers that a profile has."""
     return ["wide", "kin"] if p.kin_teachers else ["wide"]
@@ -74,10 +67,10 @@ def kinds_of(p: Profile) -> list[str]:
 def cell(p: Profile, task: str, way: str, examples: int, kind: str, folder: str | Path) -> list[list[dict[str, Any]]]:
     """The trials of one cell of the map: a list a student, of one seed, for :func:`right`."""
     of_students = []
-    for at, student in enumerate(students_of(p)):
+    for at, student in enumerate(p.students):
         of, teacher = WAYS[way], p.kin_teachers[at] if kind == "kin" else p.teacher
         taught = p.changed(student=student, teacher=teacher, sizes={"train": examples})
-        given = {**trials.hyperparameters(p, of.like, task)} if of.like else {}
+        given = trials.hyperparameters(p, of.like, task)
         changes = {**given, **of.settings, **budget(examples, p.regimes.steps)}
         name = f"{kind if of.asks else 'any'}-{list(WAYS).index(way)}-{examples}-{at}"
         of_students.append(
@@ -89,8 +82,8 @@ def cell(p: Profile, task: str, way: str, examples: int, kind: str, folder: str 
 def untouched(p: Profile, task: str, folder: str | Path) -> list[list[dict[str, Any]]]:
     """The students as they are, a list each."""
     return [
-        [trials.run_trial(p.changed(student=student), task, "none", p.seeds[0], folder, variant=f"{UNTOUCHED}-{at}")]
-        for at, student in enumerate(students_of(p))
+        [trials.run_trial(p.changed(student=student), task, "none", p.seeds[0], folder, variant=f"untouched-{at}")]
+        for at, student in enumerate(p.students)
     ]
 
 

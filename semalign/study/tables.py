@@ -38,7 +38,7 @@ def over_students(p: Profile, task: str, methods: Iterable[str], folder: str | P
     right = {}
     for m in methods:
         of_students = []
-        for at, student in enumerate([p.student, *p.siblings]):
+        for at, student in enumerate(p.students):
             taught, variant = (p.changed(student=student), f"sibling{at}") if at else (p, "")
             made = [
                 trials.run_trial(taught, task, m, s, folder, others=p.others, variant=variant)
