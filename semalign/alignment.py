@@ -26,12 +26,12 @@ from transformers import PreTrainedModel
 
 from semalign.attribution import layer_attribution
 from semalign.lm.examples import Encoded, TaskData, collate, encode, supervised
-from semalign.lm.hooks import SUBLAYERS, capture, check_sublayers
+from semalign.lm.hooks import SUBLAYERS, capture, check_sublayers, float_logits
 from semalign.lm.parts import Model, decoder_layers, fingerprint, head_weight, norm_gain
 from semalign.models import Pair
 from semalign.pairing import critical_pair, depth_pairs, interpolation
 from semalign.semantics import semantic_map
-from semalign.supervision import Source, SupervisionCache, float_logits
+from semalign.supervision import Source, SupervisionCache
 from semalign.training.config import TransferConfig, TransferResult, costs
 from semalign.training.loop import PROJECTION, Run, Stage, train
 from semalign.training.losses import DIVERGENCES, LAYER_LOSSES, head_factor, output_loss

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from semalign.lm.examples import Encoded, by_length, collate, supervised
 from semalign.lm.files import locked, reserve
@@ -30,7 +30,7 @@ from semalign.lm.hooks import (
     capture,
     check_head,
     check_sublayers,
-    head_logits,
+    float_logits,
     skip_layers,
 )
 from semalign.lm.parts import Model, decoder, decoder_layers, fingerprint
@@ -140,29 +140,6 @@ class SupervisionCache:
 
     def _read(self, name: str, rows: np.ndarray) -> Tensor:
         return torch.from_numpy(np.asarray(self.arrays[name][rows]))
-
-
-def float_logits(model: Model, final: Tensor) -> Tensor:
-    """Logits (n, m) of normalised final states (n, D), computed in float32 whatever the model is in.
-
-    A head in bfloat16 rounds a logit of 20 to steps of 0.125, which is more than most of a divergence: in it a KL of
-    0.01 nats came out a tenth too large. Of a float32 model these are its own logits to the bit.
-    """
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    return head_logits(head if head.weight.dtype == torch.float32 else _FloatHead(head), decoder(model).config, final)
-
-
-class _FloatHead(nn.Module):
-    """A linear head in float32, its weight converted for the call."""
-
-    def __init__(self, head: nn.Linear) -> None:
-        super().__init__()
-        self.of = (head,)  # in a tuple, so that it stays no child of this module
-
-    def forward(self, states: Tensor) -> Tensor:
-        (head,) = self.of
-        bias = None if head.bias is None else head.bias.float()
-        return nn.functional.linear(states.float(), head.weight.float(), bias)
 
 
 def _rows(offsets: np.ndarray, examples: Sequence[int]) -> np.ndarray:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from semalign.lm.examples import Encoded, collate, supervised
-from semalign.lm.hooks import capture
+from semalign.lm.hooks import capture, float_logits
 from semalign.lm.parts import Model, decoder, decoder_layers
-from semalign.supervision import SupervisionCache, float_logits
+from semalign.supervision import SupervisionCache
 from semalign.training.losses import divergence
 
 

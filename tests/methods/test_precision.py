@@ -15,11 +15,10 @@ from tiny import toy_data
 
 from semalign import alignment
 from semalign.lm.examples import TaskData, supervised
-from semalign.lm.hooks import logits_of
+from semalign.lm.hooks import float_logits, logits_of
 from semalign.methods import REGISTRY
 from semalign.models import Pair
 from semalign.study.reading import divergence_between, read_out
-from semalign.supervision import float_logits
 from semalign.training import loop
 from semalign.training.loop import FloatAdamW
 
