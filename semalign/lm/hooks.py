@@ -186,7 +186,6 @@ def head_logits(head: nn.Module, config: Any, final: Tensor) -> Tensor:
     return cap * torch.tanh(z / cap) if cap else z
 
 
-@torch.no_grad()
 def float_logits(model: Model, final: Tensor) -> Tensor:
     """Logits (n, m) of normalised final states (n, D), computed in float32 whatever the model is in.
 
@@ -210,6 +209,7 @@ class _FloatHead(nn.Module):
         return nn.functional.linear(states.float(), head.weight.float(), bias)
 
 
+@torch.no_grad()
 def check_head(model: Model) -> None:
     """Refuse a model in eval mode whose logits are not what :func:`logits_of` makes of its final states, once a model.
 

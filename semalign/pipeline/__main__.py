@@ -154,6 +154,8 @@ def choose(profile: str, cores: int) -> Path:
         running = {pool.submit(tuning.tune, p, m, folder, tuning.DRAWS): m for m in waiting}
         for tried in as_completed(running):
             method = running[tried]
+            if tried.exception():
+                pool.shutdown(wait=False, cancel_futures=True)  # what runs ends; what waits would fail in the same way
             methods[method] = {**tried.result(), "key": keys[method]}
             save_metrics(target, {**of, "methods": methods}, seeds=p.seeds[:1], profile=p.name)
     return target
