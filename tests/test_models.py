@@ -259,7 +259,8 @@ def test_different_vocabularies_are_named_with_sizes_and_first_token(tmp_path: P
     assert str(caught.value) == (
         f"the vocabularies of {other['path']} (259 tokens) and {plain['path']} (259 tokens) differ: "
         "id 35 is 'B' for the teacher and 'A' for the student; choose a pair of one family, "
-        "or set vocabularies: shared (256 tokens are shared, 100.0% of the student's 256 and 100.0% of the teacher's 256)"
+        "or set vocabularies: shared (256 tokens are shared, 100.0% of the student's 256 and 100.0% of the teacher's "
+        "256)"
     )
 
 
