@@ -161,29 +161,39 @@ def choose(profile: str, cores: int) -> Path:
     return target
 
 
-def keep(profile: str) -> Path:
+def keep(profile: str, *, trials_alone: bool = False) -> Path:
     """Copy the metrics of a finished run to ``book/full_run``, with the version of the code that they belong to.
 
-    Every answer and loss of its trials goes to ``book/full_run/items``, so that the tables can be computed again.
+    Every answer and loss of its trials goes to ``book/full_run/items``, so that the tables can be computed again, and
+    the trials whole to ``book/trials``. Of a run that has not ended ``trials_alone`` are kept, from which it goes on.
 
     Raises:
         RuntimeError: a notebook has no metrics yet; nothing is copied then.
     """
     from semalign.report import load_metrics, save_metrics
-    from semalign.study.kept import keep_items
-    from semalign.study.trials import code_key
+    from semalign.study.kept import keep_items, pack_trials, version_of
 
     p = load_profile(profile)
     source, target = ROOT / "results" / p.name / "metrics", ROOT / "book" / "full_run"
+    archive = archive_of(p)
+    if trials_alone:
+        pack_trials(source.parent / "artefacts", archive)
+        return archive
     names = [name for name in chapters_of(p) if name not in KEPT_ELSEWHERE]
     if absent := [name for name in names if not (source / f"{name}.json").exists()]:
         raise RuntimeError(f"{p.name} has no numbers of {', '.join(absent)}: call make notebooks PROFILE={profile}")
     _, made = load_metrics(source / f"{names[-1]}.json")
-    save_metrics(target / "version.json", {"code": code_key()}, seeds=made["seeds"], profile=p.name)
+    save_metrics(target / "version.json", version_of(p.methods, p.tasks), seeds=made["seeds"], profile=p.name)
     for name in names:
         shutil.copyfile(source / f"{name}.json", target / f"{name}.json")
     keep_items(finished_trials(p, source.parent / "artefacts" / "trials"), target / "items")
+    pack_trials(source.parent / "artefacts", archive)
     return target
+
+
+def archive_of(p: Profile) -> Path:
+    """Where the repository keeps the trials of a profile's run."""
+    return ROOT / "book" / "trials" / f"{p.name}.tar.xz"
 
 
 def finished_trials(p: Profile, folder: Path) -> Iterator[dict[str, Any]]:
@@ -248,6 +258,7 @@ def run(profile: str, cores: str, until: str, results: Path | None = None) -> in
     if Path(profile).suffix in (".yaml", ".yml"):
         profile = str(Path(profile).expanduser().resolve())
     check_writable(folder)
+    take_kept(p, folder)
     command = [
         sys.executable, "-m", "snakemake", until, "--snakefile", str(ROOT / "Snakefile"), "--directory", str(ROOT),
         "--cores", cores, "--resources", "gpu=1", "--nolock", "--rerun-incomplete",
@@ -262,6 +273,16 @@ def run(profile: str, cores: str, until: str, results: Path | None = None) -> in
     if code == 0 and until == "book":
         print(f"the book: {folder / 'book' / '_build' / 'html' / 'index.html'}")
     return code
+
+
+def take_kept(p: Profile, folder: Path) -> None:
+    """Give a run the trials that the repository keeps of its profile; each says itself whether it still holds."""
+    archive = archive_of(p)
+    if archive.exists():
+        from semalign.study.kept import unpack_trials
+
+        if taken := unpack_trials(archive, folder / "artefacts"):
+            print(f"{taken} trials are taken from {archive.relative_to(ROOT)}", flush=True)
 
 
 def cores_of(text: str) -> str:
@@ -309,7 +330,9 @@ def main(argv: list[str] | None = None) -> int:
     tuned = verbs.add_parser("tune", help="choose the methods' hyperparameters on validation examples")
     tuned.add_argument("profile")
     tuned.add_argument("--cores", default="all", type=cores_of)
-    verbs.add_parser("keep", help="keep a run's numbers").add_argument("profile")
+    kept = verbs.add_parser("keep", help="keep a run's numbers")
+    kept.add_argument("profile")
+    kept.add_argument("--trials", action="store_true", help="of a run that has not ended, its trials alone")
     book = verbs.add_parser("book", help="build the book from executed notebooks")
     book.add_argument("profile")
     book.add_argument("--results", type=Path, required=True)
@@ -333,7 +356,7 @@ def main(argv: list[str] | None = None) -> int:
         elif given.verb == "tune":
             print(choose(given.profile, (os.cpu_count() or 1) if given.cores == "all" else int(given.cores)))
         elif given.verb == "keep":
-            print(keep(given.profile))
+            print(keep(given.profile, trials_alone=given.trials))
         elif given.verb == "check":
             before_models(load_profile(given.profile), given.results.resolve(), elsewhere=given.elsewhere)
         elif given.verb == "fetch":

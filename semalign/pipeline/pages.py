@@ -79,13 +79,13 @@ def with_title(source: str, new: str) -> str:
 def kept_run() -> tuple[dict[str, dict[str, Any]], str]:
     """The kept numbers by chapter and their profile; none where another version of the code has made them."""
     from semalign.report import load_metrics
-    from semalign.study.trials import code_key
+    from semalign.study.kept import is_current
 
     folder = ROOT / "book" / "full_run"
     if not (folder / "version.json").exists():
         return {}, ""
     version, made = load_metrics(folder / "version.json")
-    if version["code"] != code_key():
+    if not is_current(version):
         return {}, made["profile"]
     return {path.stem: load_metrics(path)[0] for path in folder.glob("*.json") if path.stem in ORDER}, made["profile"]
 

@@ -1,36 +1,60 @@
-"""Every answer and loss of a run, small enough to lie in the repository: so that anyone can compute its tables again.
+"""A run that lies in the repository: its answers and losses, for its tables; its trials whole, for it to go on.
 
-One file a task, with all trials that trained on it. An answer is a bit; what was read of a reference answer is a number
-of 16 bits, with three digits. Questions and predictions are left out: a question is known by its place.
+Of answers and losses there is one file a task, with all trials that trained on it. An answer is a bit; what was read of
+a reference answer is a number of 16 bits, with three digits. Questions and predictions are left out: a question is
+known by its place.
+
+Trials whole are one archive. A run that finds it takes what belongs to its settings and code, and makes the rest: hours
+on one machine are minutes on the next, and a run that was stopped goes on elsewhere.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
-from collections.abc import Iterable, Mapping
+import lzma
+import tarfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from semalign.lm.files import write_bytes
+from semalign.lm.files import read_json, write_bytes
+from semalign.methods import REGISTRY
+from semalign.study import trials
 
 READ = ("loss", "right", "kl", "agree")
 """What is read of each watched example."""
 
 
-def keep_items(trials: Iterable[Mapping[str, Any]], folder: str | Path) -> list[Path]:
+def version_of(methods: Sequence[str], tasks: Sequence[str]) -> dict[str, Any]:
+    """The version of the code and data that the trials of some methods on some tasks have their numbers from."""
+    keys = [trials.code_key(m, tuple(tasks)) for m in methods if m != trials.TEACHER]
+    return {
+        "code": hashlib.sha256(json.dumps(keys).encode()).hexdigest(), "methods": list(methods), "tasks": list(tasks),
+    }  # fmt: skip
+
+
+def is_current(version: Mapping[str, Any]) -> bool:
+    """Whether the code of now is what :func:`version_of` was asked about; methods that came later do not count."""
+    methods = version.get("methods", [])
+    known = all(m in REGISTRY for m in methods)
+    return bool(methods) and known and version_of(methods, version["tasks"]) == dict(version)
+
+
+def keep_items(made: Iterable[Mapping[str, Any]], folder: str | Path) -> list[Path]:
     """Write the answers and losses of trials to ``folder/TASK.npz``, a file for each task that was trained on.
 
     Args:
-        trials: what :func:`semalign.study.trials.run_trial` returns, all of one run.
+        made: what :func:`semalign.study.trials.run_trial` returns, all of one run.
 
     Raises:
         ValueError: two trials of a task have the same method, variant and seed.
     """
     by_task: dict[str, dict[str, Mapping[str, Any]]] = {}
-    for trial in trials:
+    for trial in made:
         named = by_task.setdefault(trial["task"], {})
         name = json.dumps([trial["method"], trial["variant"], trial["seed"]])
         if name in named:
@@ -92,3 +116,45 @@ def _read(task: str, arrays: Mapping[str, np.ndarray]) -> Iterable[dict[str, Any
             "answers": {t: rows for t, rows in answers.items() if rows},
             "validation": {what: read[what][at].tolist() for what in READ},
         }  # fmt: skip
+
+
+def pack_trials(folder: str | Path, archive: str | Path) -> int:
+    """Keep all trials below ``folder`` in one archive, a damaged one left out; returns how many there are."""
+    root, buffer, packed = Path(folder), io.BytesIO(), 0
+    # The answers to the same questions stand side by side, and hardly take more room than one trial's.
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for path in sorted(root.rglob("*.json"), key=lambda p: (p.parent, p.name)):
+            try:
+                whole = {"key", "answers", "validation"} <= read_json(path).keys()
+            except ValueError:
+                continue
+            if whole:
+                content = path.read_bytes()
+                entry = tarfile.TarInfo(path.relative_to(root).as_posix())
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+                packed += 1
+    write_bytes(Path(archive), lzma.compress(buffer.getvalue(), preset=9))
+    return packed
+
+
+def unpack_trials(archive: str | Path, folder: str | Path) -> int:
+    """Write the trials of an archive below ``folder``, where there is no file of the name; returns how many.
+
+    Raises:
+        ValueError: the archive is damaged; the message has its path.
+    """
+    written = 0
+    try:
+        with tarfile.open(fileobj=io.BytesIO(lzma.decompress(Path(archive).read_bytes())), mode="r:") as tar:
+            for entry in tar:
+                path = Path(folder, entry.name)
+                content = tar.extractfile(entry)
+                if content is None or ".." in Path(entry.name).parts or Path(entry.name).is_absolute():
+                    raise tarfile.TarError(f"it holds {entry.name}")
+                if not path.exists():
+                    write_bytes(path, content.read())
+                    written += 1
+    except (lzma.LZMAError, tarfile.TarError, ValueError, EOFError) as error:
+        raise ValueError(f"{archive} is damaged ({error}): take it from the repository again") from None
+    return written

@@ -101,12 +101,14 @@ def test_the_front_page_says_whose_findings_it_lists() -> None:
 def test_numbers_of_another_version_of_the_code_are_no_finding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(pages, "ROOT", tmp_path)
     assert pages.kept_run() == ({}, "")
-    from semalign.study.trials import code_key
+    from semalign.study.kept import version_of
 
     folder = tmp_path / "book" / "full_run"
     save_metrics(folder / "01_semantics.json", COSINES, seeds=[0], profile="classroom-full")
-    for code, expected in (("another", {}), (code_key(), {"01_semantics": COSINES})):
-        save_metrics(folder / "version.json", {"code": code}, seeds=[0], profile="classroom-full")
+    made = version_of(["none", "sft"], ["mmlu"])
+    others = ({**made, "code": "another"}, {"code": made["code"]}, {**made, "methods": ["none", "gone"]})
+    for version, expected in (*((other, {}) for other in others), (made, {"01_semantics": COSINES})):
+        save_metrics(folder / "version.json", version, seeds=[0], profile="classroom-full")
         assert pages.kept_run() == (expected, "classroom-full")
 
 

@@ -19,12 +19,14 @@ import psutil
 import pytest
 from working_copy import command, copy_to
 
+from semalign.lm.files import read_json, write_json
 from semalign.methods import REGISTRY
 from semalign.pipeline import __main__ as cli
 from semalign.pipeline import book, notebooks
 from semalign.profiles import FOLDER, Profile, load_profile
 from semalign.report import load_metrics, save_metrics
 from semalign.study import trials, tuning
+from semalign.study.kept import version_of
 
 ROOT, ORDER = notebooks.ROOT, notebooks.ORDER
 
@@ -328,8 +330,34 @@ def test_a_finished_run_is_kept_whole_or_not_at_all(
     assert cli.main(["keep", "smoke"]) == 0
     kept = {p.stem: load_metrics(p) for p in (tmp_path / "book/full_run").glob("*.json")}
     version, made = kept.pop("version")
-    assert version == {"code": trials.code_key()} and (made["profile"], made["seeds"]) == ("smoke", [4])
+    smoke = load_profile("smoke")
+    assert version == version_of(smoke.methods, smoke.tasks) and (made["profile"], made["seeds"]) == ("smoke", [4])
     assert {name: numbers["of"] for name, (numbers, _) in kept.items()} == {name: name for name in names}
+
+
+def test_trials_that_the_repository_keeps_are_a_runs_own_and_what_it_has_is_not_replaced(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "ROOT", tmp_path)
+    p, made = load_profile("smoke"), {"key": "k", "answers": {}, "validation": {}, "method": "sft"}
+    folder = tmp_path / "results/smoke/artefacts"
+    write_json(folder / "trials/mmlu/sft-0.json", made)
+    write_json(folder / "regimes/mmlu/sft-8-0.json", made)
+    write_json(folder / "pairing.json", {"key": "no trial"})
+    (folder / "trials/mmlu/sft-1.json").write_text("{")
+    assert cli.main(["keep", "smoke", "--trials"]) == 0
+    assert Path(capsys.readouterr().out.strip()) == cli.archive_of(p) and not (tmp_path / "book/full_run").exists()
+    other = tmp_path / "elsewhere"
+    write_json(other / "artefacts/trials/mmlu/sft-0.json", {**made, "method": "mine"})
+    cli.take_kept(p, other)
+    assert "1 trials are taken from book/trials/smoke.tar.xz" in capsys.readouterr().out
+    read = {path.relative_to(other).as_posix(): read_json(path) for path in other.rglob("*.json")}
+    assert {name: one["method"] for name, one in read.items()} == {
+        "artefacts/trials/mmlu/sft-0.json": "mine", "artefacts/regimes/mmlu/sft-8-0.json": "sft",
+    }  # fmt: skip
+    cli.archive_of(p).write_bytes(b"no archive")
+    with pytest.raises(ValueError, match=r"smoke\.tar\.xz is damaged .*: take it from the repository again"):
+        cli.take_kept(p, other)
 
 
 def test_what_was_tuned_is_kept_with_its_draws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
