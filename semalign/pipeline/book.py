@@ -45,6 +45,7 @@ def stage_book(p: Profile, results: Path) -> Path:
     out = missing(p)
     (kept, _), run = pages.kept_run(), pages.run_numbers(p, results)
     parts = {
+        "short": pages.in_short(p, kept, run),
         "data": pages.data_table(p),
         "findings": pages.findings_list(p, kept, run),
         "downloads": pages.downloads(stage / "book" / "numbers_of", p, run),

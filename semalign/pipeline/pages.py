@@ -19,12 +19,22 @@ from semalign.profiles import Profile
 Numbers = Mapping[str, Mapping[str, Any]]
 """Metrics by chapter."""
 
-MARKS = ("data", "findings", "downloads")
+MARKS = ("short", "data", "findings", "downloads")
 """What a prose page can ask for by a line ``% generated: NAME``, which reads as a comment where nothing is staged."""
+
+DECIDING = {
+    "01_semantics": "Are the paper's bases semantic?",
+    "04b_gates": "Can the instrument see a transfer?",
+    "12b_students": "Does SemAlign transfer, and by its states?",
+    "13b_regimes": "When do states help?",
+    "14_search": "Does any configuration with states win?",
+    "15_paper_against_ours": "Which of the paper's claims hold here?",
+}
+"""The chapters whose findings are the front page's, each with its question."""
 
 API = {
     "paper": ("The paper", ("semantics", "attribution", "pairing", "supervision", "alignment")),
-    "models": ("Models, profiles and reports", ("models", "profiles", "report", "packaged")),
+    "models": ("Models, profiles and reports", ("models", "vocabularies", "profiles", "report", "packaged")),
 }
 """The first pages of the reference: what each is called, and whose modules it holds. Then each folder has its own."""
 
@@ -146,18 +156,30 @@ def data_table(p: Profile) -> str:
 
 def findings_list(p: Profile, kept: Numbers, run: Numbers) -> str:
     """What every chapter found, a line each; of the kept run where it says something, else of this one."""
-    from semalign.study.findings import FINDINGS, finding
+    from semalign.study.findings import FINDINGS
+
+    titles = {name: f"[{title(name, p)}](../notebooks/{name}.ipynb)." for name in FINDINGS}
+    return _told(p, kept, run, titles)
+
+
+def in_short(p: Profile, kept: Numbers, run: Numbers) -> str:
+    """The front page's answers: the findings of the chapters that decide, each behind its question."""
+    return _told(p, kept, run, {n: f"**{asked}** ([chapter](../notebooks/{n}.ipynb))" for n, asked in DECIDING.items()})
+
+
+def _told(p: Profile, kept: Numbers, run: Numbers, chapters: Mapping[str, str]) -> str:
+    """The findings of chapters, each behind its words; of the kept run where it says something, else of this one."""
+    from semalign.study.findings import finding
 
     said = {}
-    for name in (n for n in FINDINGS if n in chapters_of(p)):
+    for name in (n for n in chapters if n in chapters_of(p)):
         full, own = (finding(name, numbers.get(name, {})) for numbers in (kept, run))
         if full or own:
             said[name] = full or f"{own}{' (This run.)' if kept else ''}"
     if not said:
         return "No chapter of this run has a number to tell."
     whose = "Of [the full run](../notebooks/93_full_run.ipynb):" if kept else f"Of this run, of the profile `{p.name}`:"
-    lines = [f"* [{title(name, p)}](../notebooks/{name}.ipynb). {text}" for name, text in said.items()]
-    return "\n".join([whose, "", *lines])
+    return "\n".join([whose, "", *(f"* {chapters[name]} {text}" for name, text in said.items())])
 
 
 def flat(numbers: Numbers) -> Iterator[tuple[str, str, float | int | str | bool]]:

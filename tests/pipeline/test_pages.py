@@ -98,6 +98,20 @@ def test_the_front_page_says_whose_findings_it_lists() -> None:
     assert "no number" not in full and pages.findings_list(p, {}, {}).startswith("No chapter")
 
 
+def test_the_front_page_answers_its_questions_by_what_the_deciding_chapters_found() -> None:
+    p = load_profile("classroom")
+    said = pages.in_short(
+        p, {}, {"01_semantics": COSINES, "13_rivals": {"differing": {"laten": 5, "laten_released": 0}}}
+    )
+    assert "* **Are the paper's bases semantic?** ([chapter](../notebooks/01_semantics.ipynb)) Recomposed" in said
+    assert "0.750" in said and "13_rivals" not in said and said.count("\n* ") == 1
+    assert set(pages.DECIDING) <= set(pages.ORDER)
+    front = (pages.ROOT / "book/index.md").read_text(encoding="utf-8")
+    assert "% generated: short" in front and "0.750" in pages.filled(
+        front, dict.fromkeys(pages.MARKS, "") | {"short": said}
+    )
+
+
 def test_numbers_of_another_version_of_the_code_are_no_finding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(pages, "ROOT", tmp_path)
     assert pages.kept_run() == ({}, "")
