@@ -166,5 +166,5 @@ def build_book(profile: str, results: Path) -> Path:
     if done.returncode or not index.exists():
         print(done.stdout)
         index.unlink(missing_ok=True)
-        raise RuntimeError("the book did not build; the warnings above are errors")
+        raise RuntimeError("the book did not build: mend what the warnings above name, which count as errors")
     return index

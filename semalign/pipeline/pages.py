@@ -82,7 +82,9 @@ def with_title(source: str, new: str) -> str:
     """The markdown of a chapter's first cell under another title."""
     first, newline, rest = source.partition("\n")
     if not first.startswith("# "):
-        raise ValueError(f"a chapter begins with its title, and this one with {first!r}")
+        raise ValueError(
+            f"a chapter begins with its title, and this one with {first!r}: give it a line '# Title' first"
+        )
     return f"# {new}{newline}{rest}"
 
 

@@ -200,7 +200,9 @@ def _print(source: Path, target: Path) -> None:
         ]  # fmt: skip
         done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=PATIENCE)
     if done.returncode or not target.exists():
-        raise RuntimeError(f"the browser did not print {source}: {done.stdout[-500:]}")
+        raise RuntimeError(
+            f"the browser did not print {source}, so choose another by CHROMIUM=path: {done.stdout[-500:]}"
+        )
 
 
 def print_book(stage: Path) -> Path:

@@ -10,7 +10,9 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-UNVARIED = "a representation is the same for every state, so its similarity to another is not defined"
+UNVARIED = (
+    "a representation is the same for every state, so its similarity to another is not defined: give states that differ"
+)
 
 
 def linear_cka(x: Tensor, y: Tensor, *, unbiased: bool = False) -> float:
@@ -128,10 +130,11 @@ def over_seeds_and_items(values: Tensor, *, level: float = 0.95) -> Estimate:
         values = values[None]
     if values.dim() != 3 or values.numel() < 2:
         raise ValueError(
-            f"values are (seeds, items) or (students, seeds, items), two or more: got {tuple(values.shape)}"
+            f"values are (seeds, items) or (students, seeds, items), two or more: give these, not {tuple(values.shape)}"
         )
     if not values.isfinite().all():
-        raise ValueError(f"{int((~values.isfinite()).sum())} of {values.numel()} values are no numbers")
+        wrong = int((~values.isfinite()).sum())
+        raise ValueError(f"{wrong} of {values.numel()} values are no numbers: leave out the trainings that diverged")
     mean = float(values.mean())
     if bool((values == values[0, 0, 0]).all()):
         p = 2.0 ** (1 - values.shape[2]) if mean else 1.0
@@ -206,7 +209,7 @@ def equivalence(estimate: Estimate, bound: float = 0.03, level: float = 0.05) ->
         ValueError: the bound is not above 0.
     """
     if not bound > 0:
-        raise ValueError(f"an equivalence bound lies above 0: got {bound}")
+        raise ValueError(f"an equivalence bound lies above 0: give one, not {bound}")
     mean, error, df = estimate.mean, estimate.error, estimate.df
     if not error:
         return Equivalence(abs(mean) < bound, mean, mean, float(abs(mean) >= bound), bound)
@@ -266,7 +269,7 @@ def holm(p: Mapping[str, float]) -> dict[str, float]:
         ValueError: a p-value that is none; it would silence the whole family.
     """
     if wrong := [name for name, value in p.items() if not 0 <= value <= 1]:
-        raise ValueError(f"a p-value lies between 0 and 1: {wrong[0]} has {p[wrong[0]]}")
+        raise ValueError(f"a p-value lies between 0 and 1, and {wrong[0]} has {p[wrong[0]]}: leave it out")
     adjusted: dict[str, float] = {}
     running = 0.0
     for rank, name in enumerate(sorted(p, key=lambda n: p[n])):

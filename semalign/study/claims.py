@@ -78,7 +78,7 @@ def load_claims(path: str | Path) -> list[Claim]:
     for entry in yaml.safe_load(Path(path).read_text(encoding="utf-8")):
         said = str(entry.get("claim", entry))
         if unknown := set(entry) - set(Claim.__dataclass_fields__):
-            raise ValueError(f"claim {said!r} has the unknown key {sorted(unknown)[0]!r}")
+            raise ValueError(f"claim {said!r} has the unknown key {sorted(unknown)[0]!r}: take it out, or correct it")
         if isinstance(entry.get("paper"), list):
             entry["paper"] = tuple(map(tuple, entry["paper"]))
         for name in ("ours", "range", "ceiling", "behind"):
@@ -88,9 +88,14 @@ def load_claims(path: str | Path) -> list[Claim]:
         if (claim.above is None) == (claim.below is None) and not claim.reason:
             raise ValueError(f"claim {said!r} needs one of above and below, or the reason why it cannot be tested")
         if unknown := set(claim.behind) - set(NAMES):
-            raise ValueError(f"claim {said!r} stands behind the unknown gate {sorted(unknown)[0]!r}")
+            raise ValueError(
+                f"claim {said!r} stands behind the unknown gate {sorted(unknown)[0]!r}: choose of {', '.join(NAMES)}"
+            )
         if claim.margin is not None and claim.above is None:
-            raise ValueError(f"claim {said!r} has a margin, which is about a gain, and no bound that it lies above")
+            raise ValueError(
+                f"claim {said!r} has a margin, which is about a gain, and no bound that it lies above: give it "
+                "above, or take the margin out"
+            )
         claims.append(claim)
     return claims
 
@@ -268,7 +273,8 @@ def common_share(
     low, high, seen = (np.array([scores[t] for t in tasks]) for scores in (student, teacher, printed))
     gap = high - low
     if not gap.all():
-        raise ValueError(f"teacher and student score the same on {tasks[int(np.argmin(np.abs(gap)))]}: no gap to share")
+        same = tasks[int(np.argmin(np.abs(gap)))]
+        raise ValueError(f"teacher and student score the same on {same}, and there is no gap to share: leave it out")
     line = low + share * gap
     error = np.sqrt(line * (100 - line) / [questions[t] for t in tasks])
     chance = float(np.prod(stats.norm.cdf(within / error) - stats.norm.cdf(-within / error)))

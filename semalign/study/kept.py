@@ -58,7 +58,7 @@ def keep_items(made: Iterable[Mapping[str, Any]], folder: str | Path) -> list[Pa
         named = by_task.setdefault(trial["task"], {})
         name = json.dumps([trial["method"], trial["variant"], trial["seed"]])
         if name in named:
-            raise ValueError(f"two trials of {trial['task']} are called {name}")
+            raise ValueError(f"two trials of {trial['task']} are called {name}: keep one of them")
         named[name] = trial
     return [_write(Path(folder, f"{task}.npz"), named) for task, named in sorted(by_task.items())]
 

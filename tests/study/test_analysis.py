@@ -196,7 +196,7 @@ def test_holm_on_a_known_family() -> None:
     assert got == pytest.approx({"d": 0.02, "a": 0.03, "b": 0.06, "c": 0.06})
     assert holm({"x": 0.6, "y": 0.7}) == {"x": 1.0, "y": 1.0}
     assert holm({}) == {}
-    with pytest.raises(ValueError, match="between 0 and 1: b has nan"):
+    with pytest.raises(ValueError, match="between 0 and 1, and b has nan"):
         holm({"a": 0.01, "b": float("nan")})
 
 
