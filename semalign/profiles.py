@@ -213,6 +213,7 @@ class Profile(TrialSettings):
     semantics_texts: int = Field(20, ge=1, le=164)  # HumanEval prompts read for figure 2
     tasks: list[str] = Field(["mmlu", "gsm8k", "humaneval", "mbpp"], min_length=1)  # the first is worked through
     seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1)
+    decisive_seeds: list[Annotated[int, Field(ge=0)]] = []  # of the comparison over students; empty: as the others
     fine_tuned_teachers: dict[str, Source] = {}  # of table 2, by name; each has the teacher's vocabulary
     methods: list[str] = Field(["none", "sft", "semalign"], min_length=1)  # rows of table 1
     hyperparameters: dict[str, dict[str, Any]] = {}  # a method's own; what differs by task, ``by_task``
@@ -222,7 +223,7 @@ class Profile(TrialSettings):
     others: int = Field(0, ge=0)  # questions of each other task, for what was forgotten
     trial_jobs: bool = True  # method x task x seed as jobs side by side, or inside the chapters
 
-    @pydantic.field_validator("tasks", "seeds", "methods")
+    @pydantic.field_validator("tasks", "seeds", "decisive_seeds", "methods")
     @classmethod
     def _different(cls, values: list[Any]) -> list[Any]:
         if len(set(values)) < len(values):

@@ -200,7 +200,10 @@ def finished_trials(p: Profile, folder: Path) -> Iterator[dict[str, Any]]:
     """The trials in a run's folder that its profile has: of its tasks; without a variant, of its methods and seeds."""
     for path in (path for task in p.tasks for path in sorted((folder / task).glob("*.json"))):
         trial = read_json(path)
-        of_profile = trial["method"] in ("teacher", "none", *p.methods) and trial["seed"] in p.seeds
+        of_profile = trial["method"] in ("teacher", "none", *p.methods) and trial["seed"] in (
+            *p.seeds,
+            *p.decisive_seeds,
+        )
         if of_profile or trial["variant"]:
             yield trial
 

@@ -30,10 +30,13 @@ def run_methods(p: Profile, task: str, folder: str | Path) -> dict[str, list[dic
     return {m: [trials.run_trial(p, task, m, s, folder, others=p.others) for s in seeds[m]] for m in names}
 
 
-def over_students(p: Profile, task: str, methods: Iterable[str], folder: str | Path) -> dict[str, torch.Tensor]:
+def over_students(
+    p: Profile, task: str, methods: Iterable[str], folder: str | Path, seeds: Sequence[int] = ()
+) -> dict[str, torch.Tensor]:
     """By method, which answers are right, of the student and its siblings: (students, seeds, questions).
 
-    A method that draws nothing has one seed; as it answers the same under all, it stands for each of them.
+    A method that draws nothing has one seed; as it answers the same under all, it stands for each of them. The seeds
+    are the profile's where none are given.
     """
     right = {}
     for m in methods:
@@ -42,7 +45,7 @@ def over_students(p: Profile, task: str, methods: Iterable[str], folder: str | P
             taught, variant = (p.changed(student=student), f"sibling{at}") if at else (p, "")
             made = [
                 trials.run_trial(taught, task, m, s, folder, others=p.others, variant=variant)
-                for s in trials.seeds_of(m, p.seeds)
+                for s in trials.seeds_of(m, seeds or p.seeds)
             ]
             of_students.append(trials.right(made, task))
         right[m] = torch.stack(of_students)
