@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from semalign.lm.files import read_json, write_json
 from semalign.planning.preflight import before_models
@@ -50,6 +51,12 @@ def opened(profile: str, results: str | Path | None, changes: Mapping[str, Any])
         (folder / part).mkdir(parents=True, exist_ok=True)
     before_models(p, folder)
     return p, folder
+
+
+def data_name(p: Profile, task: str) -> str:
+    """What a figure calls the data of a task: the classroom's by their own name, a benchmark by its."""
+    rows = yaml.safe_load((BOOK / "data_names.yaml").read_text(encoding="utf-8"))
+    return str(rows[task]["name" if p.data == "classroom" else "sibling"])
 
 
 def named(profile: Profile, changes: Mapping[str, Any]) -> str:

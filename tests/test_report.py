@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from semalign import report
 from semalign.methods import REGISTRY
-from semalign.profiles import ProfileError
+from semalign.profiles import ProfileError, load_profile
 from semalign.report import BASIS_COLOURS, load_metrics, provenance_table, save_metrics, use_style
 
 
@@ -212,3 +212,8 @@ def test_a_notebooks_parameters_are_opened_and_a_profiles_values_refused(
     monkeypatch.setattr(sys.modules["__main__"], "teacher", {"source": "pico", "id": "pico-l"}, raising=False)
     with pytest.raises(ProfileError, match="teacher are values of a profile and no parameters: give -p profile NAME"):
         report.opened("smoke", tmp_path / "mine", {})
+
+
+def test_a_figure_calls_data_by_their_name() -> None:
+    classroom, hub = load_profile("classroom"), load_profile("smollm2")
+    assert (report.data_name(classroom, "mmlu"), report.data_name(hub, "mmlu")) == ("Pico facts", "MMLU")
