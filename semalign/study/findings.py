@@ -256,9 +256,11 @@ def pairing_from_outputs(metrics: Metrics) -> str:
         raise _Absent
     control = _part(lambda: _points(metrics, "control"))
     between = "" if control is None else f" Between kin the right partners beat the same in reverse by {control}."
+    alone = _part(lambda: ", ".join(f"{_points(metrics, 'alone', way)} ({way})" for way in ways))
+    states = "" if alone is None else f" By states alone the difference in answer tokens predicted right is {alone}."
     return (
         f"Outputs choose the depth rule's partner for {', '.join(alike)} of student layers. Towards their choice "
-        f"SemAlign, tuned, differs from itself with the depth rule by {', '.join(worth)}.{between}"
+        f"SemAlign, tuned, differs from itself with the depth rule by {', '.join(worth)}.{states}{between}"
     )
 
 

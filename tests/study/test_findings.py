@@ -136,9 +136,13 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
             "against_depth": {
                 "lens": e(0.01, -0.01, 0.03), "lens, mapped": e(0.0, -0.02, 0.02), "swap": e(-0.01, -0.02, 0.0),
             },
+            "alone": {
+                "lens": e(-0.1, -0.2, -0.05), "lens, mapped": e(0.0, -0.02, 0.02), "swap": e(-0.01, -0.02, 0.0),
+            },
             "control": e(0.6, 0.5, 0.7),
         },
-        ["25 % (lens)", "75 % (swap)", "+1.0 points (-1.0 to +3.0) (lens)", "in reverse by +60.0 points"],
+        ["25 % (lens)", "75 % (swap)", "+1.0 points (-1.0 to +3.0) (lens)", "is -10.0 points",
+         "in reverse by +60.0 points"],
     ),
     "19_larger_gaps": (
         {
