@@ -279,8 +279,8 @@ def _trend(metrics: Metrics, what: str) -> str:
     e = _mapping(metrics, "trend", what)
     slope, low, high = (10 * _number(e, name) for name in ("mean", "low", "high"))
     return (
-        f"A tenth of the width less changes what states give by {slope:+.0f} % ({low:+.0f} to {high:+.0f}) of the "
-        "student's ceiling."
+        f"A tenth of the width less changes what states give in answer tokens by {slope:+.0f} % ({low:+.0f} to "
+        f"{high:+.0f}) of the student's ceiling."
     )
 
 
