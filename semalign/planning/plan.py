@@ -189,6 +189,8 @@ CHAPTERS: dict[str, Held] = {
     "13_rivals": Held(("seeking", "laten"), students=1),
     "13b_regimes": Held(("sft", "logit_kd", "warm_up")),
     "14_search": Held(("logit_kd", "semalign"), full=True),
+    "18_pairing_from_outputs": Held(("semalign",)),
+    "19_larger_gaps": Held(("sft", "logit_kd", "semalign"), full=True),
 }
 """The chapters that load models of the profile, and what they hold; the others read what these left."""
 

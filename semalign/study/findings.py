@@ -245,6 +245,45 @@ def search(metrics: Metrics) -> str:
     )
 
 
+def pairing_from_outputs(metrics: Metrics) -> str:
+    """Chapter 18: whom outputs choose, and what their choice is worth."""
+    ways = ("lens", "lens, mapped", "swap")
+    alike = [
+        f"{100 * _number(metrics, 'agreement', way):.0f} % ({way})" for way in ways if _has(metrics, "agreement", way)
+    ]
+    worth = [f"{_points(metrics, 'against_depth', way)} ({way})" for way in ways if _has(metrics, "against_depth", way)]
+    if not alike or not worth:
+        raise _Absent
+    control = _part(lambda: _points(metrics, "control"))
+    between = "" if control is None else f" Between kin the right partners beat the same in reverse by {control}."
+    alone = _part(lambda: ", ".join(f"{_points(metrics, 'alone', way)} ({way})" for way in ways))
+    states = "" if alone is None else f" By states alone the difference in answer tokens predicted right is {alone}."
+    return (
+        f"Outputs choose the depth rule's partner for {', '.join(alike)} of student layers. Towards their choice "
+        f"SemAlign, tuned, differs from itself with the depth rule by {', '.join(worth)}.{states}{between}"
+    )
+
+
+def larger_gaps(metrics: Metrics) -> str:
+    """Chapter 19: what is carried across the largest gap, and whether it shrinks."""
+    gains = {way: _points(metrics, "at_largest", way) for way in ("states", "logits", "labels")}
+    trend = _part(lambda: _trend(metrics, "states / width"))
+    shrinks = "" if trend is None else f" {trend}"
+    return (
+        f"Across the largest gap, {metrics.get('largest') or 'in width'}, states gain {gains['states']}, logits "
+        f"{gains['logits']} and labels alone {gains['labels']}.{shrinks}"
+    )
+
+
+def _trend(metrics: Metrics, what: str) -> str:
+    e = _mapping(metrics, "trend", what)
+    slope, low, high = (10 * _number(e, name) for name in ("mean", "low", "high"))
+    return (
+        f"A tenth of the width less changes what states give in answer tokens by {slope:+.0f} % ({low:+.0f} to "
+        f"{high:+.0f}) of the student's ceiling."
+    )
+
+
 def claims(metrics: Metrics) -> str:
     """Chapter 15: how many claims hold."""
     counts = {word: int(n) for word, n in _mapping(metrics, "counts", "this run").items() if n}
@@ -273,6 +312,8 @@ FINDINGS: dict[str, Callable[[Metrics], str]] = {
     "13_rivals": rivals,
     "13b_regimes": regimes,
     "14_search": search,
+    "18_pairing_from_outputs": pairing_from_outputs,
+    "19_larger_gaps": larger_gaps,
     "15_paper_against_ours": claims,
 }
 """The function of every chapter that has a finding."""

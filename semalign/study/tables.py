@@ -52,6 +52,16 @@ def over_students(
     return right
 
 
+def pooled(found: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], metric: str) -> torch.Tensor:
+    """What the trials of each student say by task, as one: (students, seeds, items of all tasks).
+
+    Args:
+        found: by task a list of trials for each student; ``metric`` as for :func:`trials.measured`.
+    """
+    by_task = [torch.stack([trials.measured(one, task, metric) for one in of]) for task, of in found.items()]
+    return torch.cat(by_task, dim=-1)
+
+
 def unasked(found: Sequence[Mapping[str, Any]], task: str) -> int:
     """How many questions were too long to be asked, and count as wrong."""
     return sum(bool(a.get("too_long")) for a in found[0]["answers"][task])

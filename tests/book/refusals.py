@@ -44,6 +44,7 @@ PARTS = {
     ),
     "Results": (
         "report.py", "lm/files.py", "study/trials.py", "study/tuning.py", "study/kept.py", "study/search.py",
+        "study/lenses.py",
     ),
 }  # fmt: skip
 """The headings of the page, and whose sentences stand below each."""

@@ -130,6 +130,30 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         },
         ["on 1 of 2 tasks", "states on 0", "labels by +1.0", "logits by -1.0"],
     ),
+    "18_pairing_from_outputs": (
+        {
+            "agreement": {"lens": 0.25, "lens, mapped": 0.5, "swap": 0.75},
+            "against_depth": {
+                "lens": e(0.01, -0.01, 0.03), "lens, mapped": e(0.0, -0.02, 0.02), "swap": e(-0.01, -0.02, 0.0),
+            },
+            "alone": {
+                "lens": e(-0.1, -0.2, -0.05), "lens, mapped": e(0.0, -0.02, 0.02), "swap": e(-0.01, -0.02, 0.0),
+            },
+            "control": e(0.6, 0.5, 0.7),
+        },
+        ["25 % (lens)", "75 % (swap)", "+1.0 points (-1.0 to +3.0) (lens)", "is -10.0 points",
+         "in reverse by +60.0 points"],
+    ),
+    "19_larger_gaps": (
+        {
+            "largest": "teacher → smaller",
+            "at_largest": {
+                "states": e(0.1, 0.05, 0.15), "logits": e(0.12, 0.07, 0.17), "labels": e(0.11, 0.06, 0.16)
+            },
+            "trend": {"states / width": e(-0.5, -0.9, -0.1)},
+        },
+        ["teacher → smaller", "states gain +10.0 points", "labels alone +11.0", "by -5 % (-9 to -1)"],
+    ),
     "15_paper_against_ours": (
         {"counts": {"this run": {"reproduced": 3, "contradicted": 1, "undecided": 0}, "full run": {"reproduced": 9}}},
         ["Of 4 claims: 3 reproduced, 1 contradicted."],
