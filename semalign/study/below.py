@@ -8,23 +8,35 @@ labels in the same layer, to the bit: that is the twin of all.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from semalign.contributions import contributions, entering, head_attribution, last_matrix, written
-from semalign.lm.examples import Encoded, collate, supervised
+from semalign.alignment import choose_layers
+from semalign.contributions import (
+    MATRICES,
+    contributions,
+    entering,
+    head_attribution,
+    head_columns,
+    last_matrix,
+    written,
+)
+from semalign.lm.examples import Encoded, TaskData, collate, supervised
 from semalign.lm.hooks import capture
 from semalign.lm.parts import Model, decoder, decoder_layers, head_weight
-from semalign.methods.heads import Parts, parts_of
+from semalign.methods.heads import paired, parts_of
 from semalign.models import Pair
+from semalign.pairing import critical_pair
 from semalign.profiles import Profile
+from semalign.semantics import semantic_map
 from semalign.study import trials
 from semalign.study.regimes import Way, budget
 
-EXAMPLES, STEPS, QUESTIONS = 128, 64, 100
+EXAMPLES, STEPS, QUESTIONS = 96, 48, 100
 """Of every training: the most examples, about how many steps, and the most questions whose answers are read."""
 WEIGHTS = (1.0, 0.3, 0.1)
 """What the weight of the layer term is chosen from; the first is the paper's, and a small search has it alone."""
@@ -50,7 +62,7 @@ def refused(model: Model) -> str:
     """Why a model has no heads or neurons that add up to its sublayers, in a sentence; empty where it has."""
     try:
         for k in range(1, len(decoder_layers(model)) + 1):
-            for point in ("attention", "mlp"):
+            for point in MATRICES:
                 last_matrix(model, k, point)
     except ValueError as error:
         return str(error)
@@ -64,15 +76,23 @@ def ways_of(pair: Pair) -> tuple[dict[str, Way], str]:
 
 
 @torch.no_grad()
-def remainder(model: Model, example: Encoded, k: int, point: str, columns: Tensor) -> float:
-    """What is left of layer k's contribution at ``point`` without its parts and its bias, as a share of its length."""
+def remainders(model: Model, example: Encoded) -> dict[str, float]:
+    """By sublayer, what is left of its contribution without its parts and its bias, as a share of its length.
+
+    The largest over layers and positions of one example; heads at ``attention``, single neurons' columns at ``mlp``.
+    """
     batch = collate([example], 0, head_weight(model).device)
-    with capture(model, [(k, point)]) as whole, entering(model, [(k, point)]) as seen:
+    taps = [(k, point) for k in range(1, len(decoder_layers(model)) + 1) for point in MATRICES]
+    with capture(model, taps) as whole, entering(model, taps) as seen:
         decoder(model)(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    added, bias = whole[k, point][0], getattr(last_matrix(model, k, point), "bias", None)
-    parts = contributions(seen[k, point][0], written(model, k, point), columns).sum(1)
-    left = added - parts - (0 if bias is None else bias)
-    return float(left.norm() / added.norm())
+    largest = dict.fromkeys(MATRICES, 0.0)
+    for k, point in taps:
+        x, added = seen[k, point][0], whole[k, point][0]
+        columns = head_columns(model, k) if point == "attention" else torch.arange(x.shape[-1])[:, None]
+        bias = getattr(last_matrix(model, k, point), "bias", None)
+        left = added - contributions(x, written(model, k, point), columns).sum(1) - (0 if bias is None else bias)
+        largest[point] = max(largest[point], float((left.norm(dim=-1) / added.norm(dim=-1)).max()))
+    return largest
 
 
 def heads_attributed(model: Model, encoded: Sequence[Encoded], reduce: str = "abs") -> Tensor:
@@ -84,12 +104,47 @@ def heads_attributed(model: Model, encoded: Sequence[Encoded], reduce: str = "ab
     return total
 
 
-def parts_in(model: Model, encoded: Sequence[Encoded], k: int) -> dict[str, Parts]:
-    """The heads and the groups of neurons of layer k."""
-    return {
-        "heads": parts_of(model, encoded, k, "attention"),
-        "neurons": parts_of(model, encoded, k, "mlp", groups=GROUPS),
-    }
+def layer_pair(p: Profile, pair: Pair, data: TaskData) -> tuple[int, int]:
+    """The trained pair (l(k), k): the layer that labels alone were tuned to, or that attribution chooses."""
+    depths = [len(decoder_layers(load())) for load in (pair.load_teacher, pair.load_student)]
+    layers = trials.hyperparameters(p, "sft_layer", data.name).get("layers")
+    if layers is None and p.layer is not None:
+        layers = [critical_pair(p.layer, *depths)[1]]
+    config = replace(trials.config_of(p, p.seeds[0]), layers=tuple(layers) if layers else None)
+    (k,), (source,) = choose_layers(pair, pair.load_teacher(), data, depths[1], config)
+    return source.low, k
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """Of the parts of a layer pair: each student part's ``partners``, from 1, and the mean cosine (H_T, H_S) of all."""
+
+    partners: list[int]
+    alike: Tensor
+
+    @property
+    def of_partners(self) -> float:
+        """The mean cosine of partners; of an assignment at random it is that of all pairs, ``of_all``."""
+        return float(torch.stack([self.alike[t - 1, s] for s, t in enumerate(self.partners)]).mean())
+
+    @property
+    def of_all(self) -> float:
+        """The mean cosine of all pairs."""
+        return float(self.alike.mean())
+
+
+def pairings(pair: Pair, encoded: Sequence[Encoded], layers: tuple[int, int]) -> dict[str, Pairing]:
+    """How heads and groups of neurons of teacher layer l and student layer k are paired, through the logit map."""
+    teacher, student = pair.load_teacher().eval(), pair.load_student().eval()
+    matrix = semantic_map(head_weight(teacher), head_weight(student), kind=str(_LIKE["map"])).float().cpu()
+    found = {}
+    for name, point, groups in (("heads", "attention", 0), ("neurons", "mlp", GROUPS)):
+        theirs, ours = (
+            parts_of(model, encoded, at, point, groups=groups)
+            for model, at in zip((teacher, student), layers, strict=True)
+        )
+        found[name] = Pairing(*paired(replace(theirs, weight=matrix @ theirs.weight), ours))
+    return found
 
 
 def trial(
@@ -147,3 +202,10 @@ def untouched(p: Profile, task: str, folder: str | Path) -> Tensor:
         for at, student in enumerate(p.students)
     ]  # fmt: skip
     return torch.stack([trials.seen([one], "right") for one in made])
+
+
+def supervised_numbers(config: Any, way: str) -> int:
+    """How many numbers the layer term of a way reads at a position of such a student: none, or H parts of D_S / H."""
+    heads = int(config.num_attention_heads)
+    parts = {"labels": 0, "heads": heads, "other heads": heads, "neurons": GROUPS}.get(way, 1)
+    return parts * (int(config.hidden_size) // max(parts, 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,12 @@ EXACT: dict[str, Any] = {"target_dtype": "float32", "batch": 12, "micro_batch": 
 
 def run(name: str, pair: Any = None, **changes: Any) -> TransferResult:
     return REGISTRY[name].transfer(pair or make_pair(), task(), settings(**changes))
+
+
+@cache
+def plain(name: str) -> TransferResult:
+    """Of the tiny pair under the same settings, once for all tests that read it."""
+    return run(name)
 
 
 def first(result: TransferResult) -> dict[str, Any]:
@@ -60,7 +67,7 @@ def test_the_loss_is_that_of_plain_code_before_training() -> None:
         entered: list[Tensor] = []
         for model in (of_teacher, of_student):
             o = model.model.layers[1].self_attn.o_proj
-            handle = o.register_forward_pre_hook(lambda _m, args: entered.append(args[0][0]))
+            handle = o.register_forward_pre_hook(lambda _m, args, entered=entered: entered.append(args[0][0]))
             with torch.no_grad():
                 model(e.input_ids[None])
             handle.remove()
@@ -101,7 +108,7 @@ def test_a_teacher_whose_heads_are_in_another_order_is_its_student_all_the_same(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_learns_and_changes_layer_k_alone(name: str) -> None:
-    result = run(name, epochs=8, map="logit", output_loss="ce")
+    result = run(name, epochs=4, map="logit", output_loss="ce")
     steps = [r for r in result.log if r["split"] == "train"]
     assert steps[-1]["layer_loss"] < steps[0]["layer_loss"] and steps[-1]["output_loss"] < steps[0]["output_loss"]
     assert {n.split(".")[2] for n in changed(result, student())} == {"1"} and result.layers == (2,)
@@ -110,7 +117,7 @@ def test_it_learns_and_changes_layer_k_alone(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_budgets_are_those_of_the_layer(name: str) -> None:
     """As many trained numbers as SemAlign, and D_S supervised numbers a position in D_S / H directions of each part."""
-    layer, own = transfer(make_pair(), task(), settings()), run(name)
+    layer, own = plain("semalign"), plain(name)
     for what in ("trainable_parameters", "student_tokens"):
         assert own.cost[what] == layer.cost[what]
     assert own.cost["teacher_tokens"] == layer.cost["teacher_tokens"] > 0
@@ -121,17 +128,16 @@ def test_budgets_are_those_of_the_layer(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_without_its_layer_term_it_is_labels_in_the_same_layer_to_the_bit(name: str) -> None:
-    labels = REGISTRY["sft_layer"].transfer(make_pair(), task(), settings())
-    assert same_weights(run(name, output_loss="ce", layer_weight=0.0).student, labels.student)
+    assert same_weights(run(name, output_loss="ce", layer_weight=0.0).student, plain("sft_layer").student)
 
 
 def test_the_control_gives_every_head_anothers_target() -> None:
-    whole = {name: first(run(name, map="logit", **EXACT)) for name in ("align_heads", "scrambled_heads")}
+    whole = {name: first(plain(name)) for name in ("align_heads", "scrambled_heads")}
     assert whole["align_heads"]["layer_loss"] != whole["scrambled_heads"]["layer_loss"]
     assert whole["align_heads"]["output_loss"] == whole["scrambled_heads"]["output_loss"]
 
 
-@pytest.mark.parametrize("output_loss", ["cosine", "ce", "kl"])
+@pytest.mark.parametrize("output_loss", ["cosine", "kl"])
 def test_the_output_term_is_the_configurations(output_loss: str) -> None:
     layer = transfer(make_pair(), task(), settings(output_loss=output_loss, **EXACT))
     assert first(run("align_heads", output_loss=output_loss, **EXACT))["output_loss"] == pytest.approx(
@@ -140,24 +146,23 @@ def test_the_output_term_is_the_configurations(output_loss: str) -> None:
 
 
 def test_more_and_fewer_heads_than_the_students() -> None:
-    for count in (2, 6, 8):
+    for count in (2, 6):
         wide = make_pair(
             lambda count=count: tiny_llama(4, 48, seed=1, num_attention_heads=count, num_key_value_heads=2)
         )
-        result = run("align_heads", wide, epochs=8, map="logit")
+        result = run("align_heads", wide, epochs=4, map="logit")
         assert losses(result)[-1] < losses(result)[0]
 
 
 def test_it_resumes_to_the_same_bits_and_not_from_another_pairing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = run("align_heads", checkpoint_every=2)
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         interrupt_at(patch, 4)
         run("align_heads", checkpoint_every=2, folder=tmp_path)
     with pytest.raises(ValueError, match="belongs to other inputs"):
         run("scrambled_heads", checkpoint_every=2, folder=tmp_path)
-    assert same_weights(whole.student, run("align_heads", checkpoint_every=2, folder=tmp_path).student)
+    assert same_weights(plain("align_heads").student, run("align_heads", checkpoint_every=2, folder=tmp_path).student)
 
 
 # ---------------------------------------------------------------------------------------------------------- refusals
