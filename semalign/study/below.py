@@ -36,8 +36,10 @@ from semalign.semantics import semantic_map
 from semalign.study import trials
 from semalign.study.regimes import Way, budget
 
-EXAMPLES, STEPS, QUESTIONS = 96, 48, 100
+EXAMPLES, STEPS, QUESTIONS = 64, 32, 80
 """Of every training: the most examples, about how many steps, and the most questions whose answers are read."""
+SEEDS = 3
+"""Trainings of every student, where the search has as many draws: of one, a lead of a point can be its luck."""
 WEIGHTS = (1.0, 0.3, 0.1)
 """What the weight of the layer term is chosen from; the first is the paper's, and a small search has it alone."""
 GROUPS = 4
@@ -147,26 +149,32 @@ def pairings(pair: Pair, encoded: Sequence[Encoded], layers: tuple[int, int]) ->
     return found
 
 
+def seeds_of(p: Profile) -> list[int]:
+    """The seeds of a student's trainings, from the profile's first on."""
+    return [p.seeds[0] + i for i in range(min(SEEDS, p.search.draws))]
+
+
 def trial(
-    p: Profile, task: str, way: str, seed: int, folder: str | Path, *, student: int = 0, weight: float = 1.0,
-    watched: str = "test",
+    p: Profile, task: str, way: str, seed: int, folder: str | Path, *, layer: int, student: int = 0,
+    weight: float = 1.0, watched: str = "test",
 ) -> dict[str, Any]:  # fmt: skip
-    """One training of a way: of a student by its number, with a weight of the layer term, its answers unasked."""
+    """One training of student layer ``layer``: of a student by its number, with a weight of the layer term.
+
+    No question is asked; what is read are the reference answers of the split ``watched``.
+    """
     of, n = WAYS[way], min(EXAMPLES, p.sizes.train)
     sizes = {"train": n, "test": min(QUESTIONS, p.sizes.test or QUESTIONS), "validation": p.sizes.validation}
     taught = p.changed(student=p.students[student], sizes=sizes)
     states = {} if way == "labels" else {"layer_weight": weight}
-    changes = {
-        **trials.hyperparameters(p, of.like or of.method, task), **of.settings, **states,
-        **budget(n, min(STEPS, p.regimes.steps)),
-    }  # fmt: skip
+    given = {**trials.hyperparameters(p, of.like or of.method, task), "layers": [layer]}
+    changes = {**given, **of.settings, **states, **budget(n, min(STEPS, p.regimes.steps))}
     name = f"{list(WAYS).index(way)}-{weight:g}-{student}-{watched}"
     return trials.run_trial(
         taught, task, of.method, seed, folder, changes=changes, split=None, variant=name, watched=watched
     )
 
 
-def weights(p: Profile, task: str, ways: Mapping[str, Way], folder: str | Path) -> dict[str, float]:
+def weights(p: Profile, task: str, ways: Mapping[str, Way], folder: str | Path, layer: int) -> dict[str, float]:
     """The weight of each way's layer term, by the tokens predicted right on validation examples.
 
     Every way has the same number of draws, one for four of the profile's search; the control for heads takes theirs.
@@ -174,7 +182,7 @@ def weights(p: Profile, task: str, ways: Mapping[str, Way], folder: str | Path) 
     drawn = WEIGHTS[: max(1, min(len(WEIGHTS), p.search.draws // 4))]
 
     def score(way: str, weight: float) -> float:
-        made = trial(p, task, way, p.seeds[0], folder, weight=weight, watched="validation")
+        made = trial(p, task, way, p.seeds[0], folder, layer=layer, weight=weight, watched="validation")
         return float(trials.seen([made], "right").mean())
 
     free = [way for way in ways if way not in ("labels", "other heads")]
@@ -182,10 +190,12 @@ def weights(p: Profile, task: str, ways: Mapping[str, Way], folder: str | Path) 
     return chosen | ({"other heads": chosen["heads"]} if "other heads" in ways else {})
 
 
-def tokens(p: Profile, task: str, way: str, weight: float, folder: str | Path) -> tuple[Tensor, dict[str, float]]:
+def tokens(
+    p: Profile, task: str, way: str, weight: float, folder: str | Path, layer: int
+) -> tuple[Tensor, dict[str, float]]:
     """The share of the answers' tokens that are predicted, (students, seeds, questions), and what a training took."""
     made = [
-        [trial(p, task, way, seed, folder, student=at, weight=weight) for seed in p.seeds]
+        [trial(p, task, way, seed, folder, layer=layer, student=at, weight=weight) for seed in seeds_of(p)]
         for at in range(len(p.students))
     ]
     return torch.stack([trials.seen(of_one, "right") for of_one in made]), made[0][0]["cost"]

@@ -66,24 +66,32 @@ def test_weights_are_chosen_on_validation_examples_with_as_many_draws_for_each(
 ) -> None:
     asked = []
 
-    def trial(_p: Any, _task: str, way: str, _seed: int, _folder: Path, *, weight: float, watched: str) -> Any:
+    def trial(_p: Any, _task: str, way: str, *_: Any, layer: int, weight: float, watched: str) -> Any:
+        assert layer == 2
         asked.append((way, weight, watched))
         return {"validation": {"right": [weight if way == "heads" else -weight] * 2}}
 
     monkeypatch.setattr(below, "trial", trial)
     p = load_profile("smoke", search={"draws": 12})
-    chosen = below.weights(p, p.tasks[0], below.WAYS, tmp_path)
+    chosen = below.weights(p, p.tasks[0], below.WAYS, tmp_path, 2)
     assert chosen == {"layer": 0.1, "attention": 0.1, "MLP": 0.1, "heads": 1.0, "neurons": 0.1, "other heads": 1.0}
     assert len(asked) == 5 * 3 and {watched for _, _, watched in asked} == {"validation"}
     asked.clear()
-    assert set(below.weights(load_profile("smoke"), p.tasks[0], below.WAYS, tmp_path).values()) == {1.0} and not asked
+    assert (
+        set(below.weights(load_profile("smoke"), p.tasks[0], below.WAYS, tmp_path, 2).values()) == {1.0} and not asked
+    )
+
+
+def test_there_are_three_trainings_where_the_search_has_as_many_draws() -> None:
+    assert below.seeds_of(load_profile("smoke", seeds=[5])) == [5]
+    assert below.seeds_of(load_profile("smoke", seeds=[5], search={"draws": 8})) == [5, 6, 7]
 
 
 def test_a_way_is_one_training_a_student_and_seed(tmp_path: Path) -> None:
     one = load_profile("smoke", search={"tasks": ["mmlu"]}, sizes={"train": 4, "test": 4})
     p = one.changed(siblings=[one.student.model_copy(update={"seed": 4})], kin_teachers=[])
-    values, cost = below.tokens(p, "mmlu", "heads", 1.0, tmp_path)
+    values, cost = below.tokens(p, "mmlu", "heads", 1.0, tmp_path, 2)
     start = below.untouched(p, "mmlu", tmp_path)
     assert values.shape == (2, 1, 4) and start.shape == (2, 1, 4) and torch.isfinite(values).all()
-    labels = below.trial(p, "mmlu", "labels", 0, tmp_path)["cost"]
+    labels = below.trial(p, "mmlu", "labels", 0, tmp_path, layer=2)["cost"]
     assert cost["trainable_parameters"] == labels["trainable_parameters"] > 0
