@@ -23,7 +23,7 @@ MARKS = ("data", "findings", "downloads")
 """What a prose page can ask for by a line ``% generated: NAME``, which reads as a comment where nothing is staged."""
 
 API = {
-    "paper": ("The paper", ("semantics", "attribution", "pairing", "supervision", "alignment")),
+    "paper": ("The paper", ("semantics", "attribution", "contributions", "pairing", "supervision", "alignment")),
     "models": ("Models, profiles and reports", ("models", "profiles", "report", "packaged")),
 }
 """The first pages of the reference: what each is called, and whose modules it holds. Then each folder has its own."""

@@ -36,7 +36,7 @@ from semalign.semantics import semantic_map
 from semalign.study import trials
 from semalign.study.regimes import Way, budget
 
-EXAMPLES, STEPS, QUESTIONS = 64, 32, 80
+EXAMPLES, STEPS, QUESTIONS = 64, 32, 50
 """Of every training: the most examples, about how many steps, and the most questions whose answers are read."""
 SEEDS = 3
 """Trainings of every student, where the search has as many draws: of one, a lead of a point can be its luck."""
