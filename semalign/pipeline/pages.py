@@ -33,7 +33,7 @@ DECIDING = {
 """The chapters whose findings are the front page's, each with its question."""
 
 API = {
-    "paper": ("The paper", ("semantics", "attribution", "pairing", "supervision", "alignment")),
+    "paper": ("The paper", ("semantics", "attribution", "contributions", "pairing", "supervision", "alignment")),
     "models": ("Models, profiles and reports", ("models", "vocabularies", "profiles", "report", "packaged")),
 }
 """The first pages of the reference: what each is called, and whose modules it holds. Then each folder has its own."""

@@ -159,6 +159,9 @@ WAYS: dict[str, Way] = {
     "warm_up": Way("states", "all", 0),
     "gkd": Way("all", "all"),
     "oprd": Way("all", "all", 0),
+    "align_heads": Way("states"),
+    "align_neurons": Way("states"),
+    "scrambled_heads": Way("states"),
 }
 """By method, what :func:`method_memory` and :func:`method_seconds` read of it."""
 
@@ -189,6 +192,7 @@ CHAPTERS: dict[str, Held] = {
     "13_rivals": Held(("seeking", "laten"), students=1),
     "13b_regimes": Held(("sft", "logit_kd", "warm_up")),
     "14_search": Held(("logit_kd", "semalign"), full=True),
+    "16_below_the_layer": Held(("semalign", "align_heads", "align_neurons"), teachers=1, students=1),
     "18_pairing_from_outputs": Held(("semalign",)),
     "19_larger_gaps": Held(("sft", "logit_kd", "semalign"), full=True),
 }

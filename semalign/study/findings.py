@@ -245,6 +245,20 @@ def search(metrics: Metrics) -> str:
     )
 
 
+def below_the_layer(metrics: Metrics) -> str:
+    """Chapter 16: heads against the layer, and whether any two heads of the models are alike."""
+    parts = [
+        f"from {said} by {_points(metrics, 'differences', f'heads / {other}')}"
+        for other, said in {"layer": "the whole layer", "labels": "labels alone", "other heads": "other heads'"}.items()
+        if _has(metrics, "differences", f"heads / {other}")
+    ]
+    if not parts:
+        raise _Absent
+    cosines = _part(lambda: [_number(metrics, "pairing", "heads", of) for of in ("of_partners", "of_all")])
+    beside = "" if cosines is None else f" Paired heads have a cosine of {cosines[0]:.3f}, all pairs {cosines[1]:.3f}."
+    return f"In answer tokens predicted right, targets for each head differ {', '.join(parts)}.{beside}"
+
+
 def pairing_from_outputs(metrics: Metrics) -> str:
     """Chapter 18: whom outputs choose, and what their choice is worth."""
     ways = ("lens", "lens, mapped", "swap")
@@ -312,6 +326,7 @@ FINDINGS: dict[str, Callable[[Metrics], str]] = {
     "13_rivals": rivals,
     "13b_regimes": regimes,
     "14_search": search,
+    "16_below_the_layer": below_the_layer,
     "18_pairing_from_outputs": pairing_from_outputs,
     "19_larger_gaps": larger_gaps,
     "15_paper_against_ours": claims,

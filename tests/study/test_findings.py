@@ -130,6 +130,16 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         },
         ["on 1 of 2 tasks", "states on 0", "labels by +1.0", "logits by -1.0"],
     ),
+    "16_below_the_layer": (
+        {
+            "differences": {
+                "heads / layer": e(-0.004, -0.01, 0.002), "heads / labels": e(-0.006, -0.02, 0.008),
+                "heads / other heads": e(0.001, -0.01, 0.01),
+            },
+            "pairing": {"heads": {"of_partners": 0.024, "of_all": -0.0001}},
+        },
+        ["layer by -0.4 points (-1.0 to +0.2)", "alone by -0.6", "heads' by +0.1", "0.024", "-0.000"],
+    ),
     "18_pairing_from_outputs": (
         {
             "agreement": {"lens": 0.25, "lens, mapped": 0.5, "swap": 0.75},
