@@ -1,9 +1,9 @@
-"""Interchange: put the aligned teacher state into the student at k, and ask that its output moves as the teacher's does.
+"""Interchange: put the teacher's aligned states into the student at k, and ask that it moves as the teacher does.
 
-The paper names objectives that combine causal and semantic constraints as future work (section 7). The causal one here
-is activation patching on both sides: of two questions, the second one's state takes the place of the first one's, in
-the teacher at l(k) as it is, in the student at k aligned. What is exchanged is its direction, which is all that a
-semantic basis sees of a state (section 3); the length stays the model's own.
+The paper names objectives that combine causal and semantic constraints as future work. The causal one here is
+activation patching on both sides: the states of a second question take the place of the first one's, in the teacher at
+l(k) as they are, in the student at k aligned. What is exchanged is their direction, which is all that a semantic basis
+sees of a state (section 3); the length stays the model's own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from semalign import alignment
-from semalign.lm.examples import Encoded, TaskData, by_length, collate, encode, supervised
+from semalign.lm.examples import IGNORED, Encoded, TaskData, by_length, collate, encode, supervised
 from semalign.lm.hooks import capture, check_head, float_logits, skip_layers
 from semalign.lm.parts import Model, decoder, decoder_layers, final_norm, head_weight
 from semalign.methods.registry import Method
@@ -63,15 +63,16 @@ def transfer(
     """Train layer k on labels, on the aligned state (semantic), and on what a swap of states does (causal).
 
     The layer term is ``semantic_weight`` (1 - cos(h_k, h*)) + ``causal_weight`` KL, with h_k the stream after layer k
-    and the KL of :func:`movement_loss` after the swap of :func:`swapped` at the question's last token. Every example
-    has another one of its split as its partner, the same at every epoch. The map is the logit one, through which a
-    state of the student itself comes back, and the output loss is cross-entropy with the labels.
+    and the KL of :func:`movement_loss`, read at the response while the question's states are another question's. Every
+    example has another one of its split as its partner, the same at every epoch; the two questions are laid together at
+    their ends. The map is the logit one, through which a state of the student itself comes back, and the output loss is
+    cross-entropy with the labels.
 
     The teacher is loaded twice, never beside the student: for its states, and for its swaps.
 
     Args:
-        scrambled: a control: the student receives its partner's state, and is asked to move as the teacher does under
-            the swap with somebody else.
+        scrambled: a control: the student receives its partner's states, and is asked to move as the teacher does
+            under the swap with somebody else.
 
     Raises:
         ValueError: more than one layer, or as :func:`semalign.alignment.transfer`.
@@ -91,28 +92,33 @@ def transfer(
             encode(pair.tokenizer, s, max_length=config.max_length) for s in (data.train, data.validation)
         )
         encoded = given + watched
-        layers, supervision, vocabulary = alignment.supervise(pair, data, encoded, config, scratch)
+        both = [*encoded, *map(question_of, encoded)]
+        layers, supervision, vocabulary = alignment.supervise(pair, data, both, config, scratch)
         if len(layers) != 1:
             raise ValueError(f"an interchange swaps states at one layer pair: choose one of layers={layers}")
         (k,), n_student = layers, len(decoder_layers(pair.load_student()))
-        partners = [partners_of([len(given), len(watched)], config.seed, other=other) for other in (1, 2)]
+        partners, others = (partners_of([len(given), len(watched)], config.seed, other=other) for other in (1, 2))
         teacher = pair.load_teacher().eval()
         (depth,) = config.teacher_layers or (depth_pairs(len(decoder_layers(teacher)), n_student)[k - 1],)
-        moved = movements(teacher, encoded, partners[scrambled], depth, min(config.top_k, vocabulary), vocabulary)
+        swaps, top_k = others if scrambled else partners, min(config.top_k, vocabulary)
+        moved = movements(teacher, encoded, swaps, depth, top_k, vocabulary)
         del teacher
         gc.collect()
         student = pair.load_student().eval()
         output = alignment.objective_of(config, student, encoded, supervision, layers, vocabulary)
-        at = torch.tensor(question_ends(encoded), device=student.device)
+        ends = [question_end(e) for e in encoded]
+
+        def aligned(example: int) -> Tensor:
+            return supervision.target(0, supervision.rows([len(encoded) + example]))[0].to(student.device)
 
         def terms(stage: Stage, examples: list[int]) -> dict[str, Tensor]:
             batch = collate([encoded[i] for i in examples], 0, student.device)
             mask, rows = supervised(batch["labels"]), supervision.rows(examples)
-            firsts = supervision.arrays["offsets"][[partners[0][i] for i in examples]]
             with capture(student, [(n_student, "stream")]) as seen:
                 sums = output(stage, examples)
             before = final_norm(student)(seen[n_student, "stream"][mask])
-            with swapped(student, k, at[examples], supervision.target(0, firsts)[0].to(student.device)):
+            theirs = [aligned(partners[i]) for i in examples]
+            with swapped(student, k, [ends[i] for i in examples], theirs):
                 after = stage.forward(stage.read(examples), batch["attention_mask"])[mask]
             with torch.autocast(student.device.type, enabled=False):
                 causal = _movement_of(student, before, after, Movement(*(t[rows] for t in moved)), vocabulary).sum()
@@ -143,28 +149,40 @@ def partners_of(sizes: Sequence[int], seed: int, *, other: int = 1) -> list[int]
     return found
 
 
-def question_ends(encoded: Sequence[Encoded]) -> list[int]:
-    """The place of each question's last token: the first position at which the response is predicted."""
-    return [int(supervised(e.labels).nonzero()[0]) for e in encoded]
+def question_end(example: Encoded) -> int:
+    """The place of a question's last token: the first position at which the response is predicted."""
+    return int(supervised(example.labels).nonzero()[0])
+
+
+def question_of(example: Encoded) -> Encoded:
+    """The same tokens with the question's positions as the supervised ones, for a cache of the states there."""
+    asked = torch.arange(len(example.labels)) <= question_end(example) + 1
+    return Encoded(example.input_ids, torch.where(asked, example.input_ids, IGNORED))
 
 
 @contextmanager
-def swapped(model: Model, layer: int, at: Tensor, states: Tensor) -> Iterator[None]:
-    """Inside, the stream after ``layer`` points where ``states`` point, at one position a sequence.
+def swapped(model: Model, layer: int, ends: Sequence[int], states: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, a question's stream after ``layer`` points where another question's states point.
+
+    The two are laid together at their ends; of the longer one the beginning stays out. The direction alone is put in,
+    with the length that the stream has there. It is a constant: no gradient reaches the layer through the question.
 
     Args:
         layer: from 1.
-        at: (B,) int64, the positions.
-        states: (B, D) in the model's width; their direction is put in, with the length that the stream has there. It is
-            a constant: no gradient reaches the layer through the position itself.
+        ends: the place of each sequence's last question token.
+        states: for each sequence the other question's states (T', D) in the model's width.
     """
+    sizes = [min(end + 1, len(own)) for end, own in zip(ends, states, strict=True)]
+    rows = torch.cat([torch.full((n,), row) for row, n in enumerate(sizes)])
+    places = torch.cat([torch.arange(end + 1 - n, end + 1) for end, n in zip(ends, sizes, strict=True)])
+    put = F.normalize(torch.cat([own[-n:] for own, n in zip(states, sizes, strict=True)]).float(), dim=-1)
 
     def hook(_module: Any, _args: Any, output: Any) -> Any:
         stream = output[0] if isinstance(output, tuple) else output
-        rows = torch.arange(len(at), device=stream.device)
-        length = stream.detach()[rows, at].float().norm(dim=-1, keepdim=True)
-        put = stream.index_put((rows, at), (length * F.normalize(states.float(), dim=-1)).to(stream.dtype))
-        return (put, *output[1:]) if isinstance(output, tuple) else put
+        at = rows.to(stream.device), places.to(stream.device)
+        length = stream.detach()[at].float().norm(dim=-1, keepdim=True)
+        stream = stream.index_put(at, (length * put).to(stream.dtype))
+        return (stream, *output[1:]) if isinstance(output, tuple) else stream
 
     handle = decoder_layers(model)[layer - 1].register_forward_hook(hook)
     try:
@@ -184,14 +202,14 @@ def movements(
     *,
     batch_tokens: int = 2048,
 ) -> Movement:
-    """How a teacher's predictions move when its stream after ``layer`` is the partner's, at each question's last token.
+    """How a teacher's predictions of each response move when the question's stream after ``layer`` is the partner's.
 
     Kept are the ``top_k`` tokens that are likeliest without and with the swap, of the first ``vocabulary``. The rows
     are the supervised positions in the order of ``encoded``.
     """
     check_head(teacher)
     device = next(teacher.parameters()).device
-    ends, states = torch.tensor(question_ends(encoded), device=device), dict[int, Tensor]()
+    ends, states = list(map(question_end, encoded)), dict[int, Tensor]()
     above = range(layer + 1, len(decoder_layers(teacher)) + 1)
 
     def run(examples: list[int]) -> tuple[dict[str, Tensor], Tensor]:
@@ -203,11 +221,11 @@ def movements(
         for examples in by_length(encoded, batch_tokens):
             run(examples)
             for row, i in enumerate(examples):
-                states[i] = seen[layer, "stream"][row, ends[i]].clone()
+                states[i] = seen[layer, "stream"][row, : ends[i] + 1].clone()
     kept: dict[int, Movement] = {}
     for examples in by_length(encoded, batch_tokens):
         batch, before = run(examples)
-        with swapped(teacher, layer, ends[examples], torch.stack([states[partners[i]] for i in examples])):
+        with swapped(teacher, layer, [ends[i] for i in examples], [states[partners[i]] for i in examples]):
             _, after = run(examples)
         for row, i in enumerate(examples):
             mask = supervised(batch["labels"][row])
@@ -227,7 +245,7 @@ def _kept(logp: Tensor, index: Tensor) -> Tensor:
 
 
 def movement_loss(before: Tensor, after: Tensor, teacher: Movement) -> Tensor:
-    """KL(p', q') in nats (n,): p' is the teacher's prediction with the swap, q' its own without, moved as the student's.
+    """KL(p', q') in nats (n,): p' is the teacher's prediction with the swap, q' its own without, moved as the student.
 
     log q' = log p + log s' - log s up to a constant, with the student's s and s' from logits ``before`` and ``after``
     the swap (n, m). It is 0 where both models move alike, however far apart they are.

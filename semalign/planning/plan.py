@@ -159,6 +159,11 @@ WAYS: dict[str, Way] = {
     "warm_up": Way("states", "all", 0),
     "gkd": Way("all", "all"),
     "oprd": Way("all", "all", 0),
+    "interchange": Way("all"),
+    "semantic_and_causal": Way("all"),
+    "scrambled_pairs": Way("all"),
+    "geometry_frontier": Way("all", "all", 0),
+    "fisher_frontier": Way("all", "all", 0),
 }
 """By method, what :func:`method_memory` and :func:`method_seconds` read of it."""
 
@@ -189,6 +194,8 @@ CHAPTERS: dict[str, Held] = {
     "13_rivals": Held(("seeking", "laten"), students=1),
     "13b_regimes": Held(("sft", "logit_kd", "warm_up")),
     "14_search": Held(("logit_kd", "semalign"), full=True),
+    "17_causal": Held(("sft_layer", "semantic_and_causal")),
+    "20_version_two": Held(("geometry_frontier", "fisher_frontier")),
 }
 """The chapters that load models of the profile, and what they hold; the others read what these left."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -114,21 +113,22 @@ def test_the_tokens_that_are_not_kept_count_as_one() -> None:
     assert torch.allclose(found, expected, atol=1e-5)
 
 
-def test_a_swap_changes_the_direction_at_its_place_and_nothing_before_it() -> None:
+def test_a_swap_changes_the_directions_of_a_question_from_its_end_on_and_nothing_else() -> None:
     model, ids = student(), torch.randint(3, 97, (2, 9), generator=torch.Generator().manual_seed(0))
-    at, states = torch.tensor([4, 6]), torch.randn(2, 32)
+    ends, states = [4, 6], [torch.randn(3, 32), torch.randn(12, 32)]
     with torch.no_grad(), capture(model, [(K, "stream")]) as plain:
         before = model(ids).logits
-    with torch.no_grad(), interchange.swapped(model, K, at, states), capture(model, [(K, "stream")]) as seen:
+    with torch.no_grad(), interchange.swapped(model, K, ends, states), capture(model, [(K, "stream")]) as seen:
         after = model(ids).logits
-    for row, place in enumerate(at.tolist()):
+    for row, places in enumerate([[2, 3, 4], list(range(7))]):
         old, new = plain[K, "stream"][row], seen[K, "stream"][row]
-        assert torch.allclose(F.normalize(new[place], dim=-1), F.normalize(states[row], dim=-1), atol=1e-6)
-        assert new[place].norm() == pytest.approx(old[place].norm().item(), rel=1e-5)
-        others = [i for i in range(9) if i != place]
+        put = states[row][-len(places) :]
+        assert torch.allclose(F.normalize(new[places], dim=-1), F.normalize(put, dim=-1), atol=1e-6)
+        assert torch.allclose(new[places].norm(dim=-1), old[places].norm(dim=-1), rtol=1e-5)
+        others = [i for i in range(9) if i not in places]
         assert torch.equal(new[others], old[others])
-        assert torch.allclose(after[row, :place], before[row, :place], atol=1e-6)
-        assert not torch.allclose(after[row, place:], before[row, place:], atol=1e-2)
+        assert torch.allclose(after[row, : places[0]], before[row, : places[0]], atol=1e-6)
+        assert not torch.allclose(after[row, places[0] :], before[row, places[0] :], atol=1e-2)
     assert torch.equal(model(ids).logits, before) and not any(m._forward_hooks for m in model.modules())
 
 
@@ -137,14 +137,20 @@ def test_the_teachers_movements_are_those_of_whole_forward_passes() -> None:
     encoded = encode(make_pair().tokenizer, task(5).train, max_length=64)
     partners = interchange.partners_of([5], 0)
     found = interchange.movements(model, encoded, partners, 3, 97, 97, batch_tokens=30)
-    ends, expected = interchange.question_ends(encoded), []
+    ends, expected = [interchange.question_end(e) for e in encoded], []
     for e, end, partner in zip(encoded, ends, partners, strict=True):
-        other = encoded[partner].input_ids[None]
         with torch.no_grad(), capture(model, [(3, "stream")]) as seen:
-            model(other)
-        with torch.no_grad(), interchange.swapped(model, 3, torch.tensor([end]), seen[3, "stream"][:, ends[partner]]):
+            model(encoded[partner].input_ids[None])
+        with torch.no_grad(), interchange.swapped(model, 3, [end], [seen[3, "stream"][0, : ends[partner] + 1]]):
             expected.append(model(e.input_ids[None]).logits[0, supervised(e.labels)].log_softmax(-1))
     assert torch.allclose(found.after, torch.cat(expected).gather(1, found.index), atol=1e-4)
+
+
+def test_a_questions_positions_end_where_the_response_is_first_predicted() -> None:
+    for e in encode(make_pair().tokenizer, task(5).train, max_length=64):
+        end, asked = interchange.question_end(e), interchange.question_of(e)
+        assert supervised(asked.labels).nonzero()[:, 0].tolist() == list(range(end + 1))
+        assert torch.equal(asked.input_ids, e.input_ids) and supervised(e.labels)[end]
 
 
 def test_partners_are_others_of_the_same_split_and_the_control_has_somebody_else() -> None:
