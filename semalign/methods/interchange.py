@@ -42,11 +42,11 @@ LEAST = -27.0
 class Movement(NamedTuple):
     """How a teacher's predictions move, at P supervised positions.
 
-    ``index`` (P, k): the tokens that are kept; ``before`` and ``after`` (P, k + 1): their log-probabilities without and
+    ``tokens`` (P, k): those that are kept; ``before`` and ``after`` (P, k + 1): their log-probabilities without and
     with the swap, and that of all other tokens; (P, k) where k is the whole vocabulary.
     """
 
-    index: Tensor
+    tokens: Tensor
     before: Tensor
     after: Tensor
 
@@ -250,7 +250,7 @@ def movement_loss(before: Tensor, after: Tensor, teacher: Movement) -> Tensor:
     log q' = log p + log s' - log s up to a constant, with the student's s and s' from logits ``before`` and ``after``
     the swap (n, m). It is 0 where both models move alike, however far apart they are.
     """
-    s, moved = (_kept(z.log_softmax(-1), teacher.index) for z in (before, after))
+    s, moved = (_kept(z.log_softmax(-1), teacher.tokens) for z in (before, after))
     logq = (teacher.before + moved - s).log_softmax(-1)
     return (teacher.after.exp() * (teacher.after - logq)).sum(-1)
 
@@ -259,8 +259,8 @@ def _movement_of(student: Model, before: Tensor, after: Tensor, teacher: Movemen
     """:func:`movement_loss` of normalised final states (n, D), some positions at once, and again backwards."""
 
     def part(one: Tensor, two: Tensor, *of_teacher: Tensor) -> Tensor:
-        z = [float_logits(student, states)[:, :vocabulary] for states in (one, two)]
-        return movement_loss(*z, Movement(*of_teacher))
+        s, moved = (float_logits(student, states)[:, :vocabulary] for states in (one, two))
+        return movement_loss(s, moved, Movement(*of_teacher))
 
     everything = (before, after, *(t.to(before.device) for t in teacher))
     chunk = max(1, LOGITS // (2 * len(head_weight(student))))

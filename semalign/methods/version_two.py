@@ -188,7 +188,7 @@ def _layer_term(term: str, student: Model, own: Tensor, target: Tensor, counts: 
     if term == "geometry":
         return geometry_loss(own, target, counts)
     norm, head = final_norm(student), head_weight(student)
-    return fisher_quadratic(*(norm(h.to(head.dtype)).float() for h in (own, target)), head)
+    return fisher_quadratic(norm(own.to(head.dtype)).float(), norm(target.to(head.dtype)).float(), head)
 
 
 def attributed(pair: Pair, data: TaskData, config: TransferConfig) -> Tensor:

@@ -143,7 +143,7 @@ def test_the_teachers_movements_are_those_of_whole_forward_passes() -> None:
             model(encoded[partner].input_ids[None])
         with torch.no_grad(), interchange.swapped(model, 3, [end], [seen[3, "stream"][0, : ends[partner] + 1]]):
             expected.append(model(e.input_ids[None]).logits[0, supervised(e.labels)].log_softmax(-1))
-    assert torch.allclose(found.after, torch.cat(expected).gather(1, found.index), atol=1e-4)
+    assert torch.allclose(found.after, torch.cat(expected).gather(1, found.tokens), atol=1e-4)
 
 
 def test_a_questions_positions_end_where_the_response_is_first_predicted() -> None:

@@ -130,6 +130,26 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         },
         ["on 1 of 2 tasks", "states on 0", "labels by +1.0", "logits by -1.0"],
     ),
+    "17_causal": (
+        {
+            "terms": {"0.0": {"causal": 0.3}, "1.0": {"causal": 0.0}},
+            "differences": {
+                "both minus labels": e(0.01, -0.01, 0.03), "both minus semantic": e(0.0, -0.02, 0.02),
+                "both minus scrambled": e(-0.02, -0.04, 0.0),
+            },
+        },
+        ["labels in the same layer +1.0 points (-1.0 to +3.0)", "others' swaps -2.0", "at 100 % of a planted change"],
+    ),
+    "20_version_two": (
+        {
+            "differences": {
+                "geometry minus KL alone": e(0.01, -0.01, 0.03), "curvature minus KL alone": e(-0.02, -0.04, 0.0),
+                "frontier minus joint": e(0.03, 0.01, 0.05),
+            },
+            "spread_of_metrics": 0.012,
+        },
+        ["geometry adds +1.0 points (-1.0 to +3.0)", "curvature -2.0", "is 1.2 points", "frontier makes +3.0"],
+    ),
     "15_paper_against_ours": (
         {"counts": {"this run": {"reproduced": 3, "contradicted": 1, "undecided": 0}, "full run": {"reproduced": 9}}},
         ["Of 4 claims: 3 reproduced, 1 contradicted."],

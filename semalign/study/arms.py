@@ -1,0 +1,62 @@
+"""Arms: ways of teaching side by side, on the same students, examples, steps, seeds and questions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from semalign.profiles import Profile
+from semalign.study import trials
+from semalign.study.analysis import Estimate, over_seeds_and_items
+from semalign.study.regimes import Way, budget
+
+SEEDS = 2
+"""How many of a profile's training seeds an arm has."""
+WATCHED = 8
+"""Validation examples in a training, which reads them at every epoch and decides nothing by them."""
+
+
+def answered(
+    p: Profile, task: str, ways: Mapping[str, Way], folder: str | Path, *, examples: int, steps: int
+) -> dict[str, Tensor]:
+    """By arm, and of the ``untouched`` students, which answers are right: (students, seeds, questions).
+
+    Every arm has ``examples`` training examples and about ``steps`` steps of the optimizer, in each stage where it has
+    several; its hyperparameters are those of the method that it is ``like``, and then its own settings.
+    """
+    right = {}
+    for name, way in {"untouched": Way("none"), **ways}.items():
+        changes = {**trials.hyperparameters(p, way.like, task), **budget(examples, steps), **way.settings}
+        of_students = []
+        for at, student in enumerate(p.students):
+            taught = p.changed(student=student, sizes={"train": examples, "validation": WATCHED})
+            seeds = trials.seeds_of(way.method, p.seeds[:SEEDS])
+            variant, given = f"{name.replace(' ', '-')}-{at}", changes if way.method != "none" else None
+            made = [
+                trials.run_trial(taught, task, way.method, s, folder, changes=given, variant=variant) for s in seeds
+            ]
+            of_students.append(trials.right(made, task))
+        right[name] = torch.stack(of_students)
+    return right
+
+
+def differences(
+    right: Mapping[str, Mapping[str, Tensor]], pairs: Mapping[str, tuple[str, str]]
+) -> dict[tuple[str, str], Estimate]:
+    """By task and name, the share of questions right in one arm minus that in another; ``pairs`` name the two arms."""
+    return {
+        (task, name): over_seeds_and_items(of[one] - of[other])
+        for task, of in right.items()
+        for name, (one, other) in pairs.items()
+    }
+
+
+def overall(right: Mapping[str, Mapping[str, Tensor]], pairs: Mapping[str, tuple[str, str]]) -> dict[str, Estimate]:
+    """The same over all tasks' questions together."""
+    return {
+        name: over_seeds_and_items(torch.cat([of[one] - of[other] for of in right.values()], dim=-1))
+        for name, (one, other) in pairs.items()
+    }
