@@ -43,19 +43,8 @@ def answered(
     return right
 
 
-def differences(
-    right: Mapping[str, Mapping[str, Tensor]], pairs: Mapping[str, tuple[str, str]]
-) -> dict[tuple[str, str], Estimate]:
-    """By task and name, the share of questions right in one arm minus that in another; ``pairs`` name the two arms."""
-    return {
-        (task, name): over_seeds_and_items(of[one] - of[other])
-        for task, of in right.items()
-        for name, (one, other) in pairs.items()
-    }
-
-
 def overall(right: Mapping[str, Mapping[str, Tensor]], pairs: Mapping[str, tuple[str, str]]) -> dict[str, Estimate]:
-    """The same over all tasks' questions together."""
+    """The share of questions right in one arm minus that in another, over all tasks; ``pairs`` name the two arms."""
     return {
         name: over_seeds_and_items(torch.cat([of[one] - of[other] for of in right.values()], dim=-1))
         for name, (one, other) in pairs.items()

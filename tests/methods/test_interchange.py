@@ -15,6 +15,7 @@ from semalign.lm.examples import encode, supervised
 from semalign.lm.hooks import capture
 from semalign.methods import REGISTRY, interchange
 from semalign.methods.interchange import Movement, movement_loss
+from semalign.study import causal
 from semalign.training.config import TransferResult
 
 EXACT: dict[str, Any] = {"target_dtype": "float32", "top_k": 97}
@@ -165,3 +166,20 @@ def test_partners_are_others_of_the_same_split_and_the_control_has_somebody_else
 def test_several_layers_are_refused() -> None:
     with pytest.raises(ValueError, match="at one layer pair: choose one of layers"):
         interchange.transfer(pair(), data(), settings(layers=(1, 2)))
+
+
+def test_on_the_way_to_a_planted_teacher_both_terms_end_where_the_student_is_it() -> None:
+    config = settings(teacher_layers=(K,), top_k=97)
+    found = causal.along(make_pair(), planted(), task(4, validation=4), config, [0.0, 1.0])
+    assert all(found[0.0][term] > 1e-3 and abs(found[1.0][term]) < 1e-5 for term in ("semantic", "causal"))
+
+
+def test_what_a_question_does_is_read_after_every_layer() -> None:
+    encoded = encode(make_pair().tokenizer, task(5).train, max_length=64)
+    sizes = causal.movement_sizes(planted(), encoded, 0)
+    assert len(sizes) == 3 and all(len(s) == sum(int(supervised(e.labels).sum()) for e in encoded) for s in sizes)
+    firsts = torch.tensor([int(supervised(e.labels).sum()) for e in encoded]).cumsum(0)[:-1]
+    later = torch.ones(len(sizes[2]), dtype=torch.bool)
+    later[[0, *firsts.tolist()]] = False
+    assert sizes[2][later].abs().max() < 1e-5  # after the last layer a question acts on its own last position alone
+    assert sizes[0][later].mean() > 1e-3
