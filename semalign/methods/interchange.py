@@ -85,6 +85,8 @@ def transfer(
     )  # fmt: skip
     if not config.layer_weight:
         return alignment.transfer(pair, data, config)
+    if config.layers is not None and len(config.layers) != 1:
+        raise ValueError(f"an interchange swaps states at one layer pair: choose one of layers={config.layers}")
     with ExitStack() as stack:
         scratch = Path(config.folder) if config.folder else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         scratch.mkdir(parents=True, exist_ok=True)
@@ -94,8 +96,6 @@ def transfer(
         encoded = given + watched
         both = [*encoded, *map(question_of, encoded)]
         layers, supervision, vocabulary = alignment.supervise(pair, data, both, config, scratch)
-        if len(layers) != 1:
-            raise ValueError(f"an interchange swaps states at one layer pair: choose one of layers={layers}")
         (k,), n_student = layers, len(decoder_layers(pair.load_student()))
         partners, others = (partners_of([len(given), len(watched)], config.seed, other=other) for other in (1, 2))
         teacher = pair.load_teacher().eval()
