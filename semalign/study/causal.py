@@ -19,8 +19,8 @@ from semalign.models import Pair
 from semalign.study.regimes import Way
 from semalign.training.config import TransferConfig, TransferResult
 
-EXAMPLES, STEPS = 32, 60
-"""Of every training: how many examples, and about how many steps."""
+EXAMPLES, STEPS = 32, 120
+"""Of every arm: how many examples, and about how many steps; half of these do not bring out what labels teach."""
 
 ARMS = {
     "labels": Way("sft_layer", {}, "sft_layer"),
