@@ -22,8 +22,13 @@ def test_an_arm_has_the_rate_of_what_it_is_like_and_its_own_settings_last(
 ) -> None:
     seen: list[tuple[str, str, int, Any, int, int]] = []
 
-    def trial(p: Any, task: str, method: str, seed: int, folder: Any, *, changes: Any, variant: str) -> dict[str, Any]:
+    def trial(
+        p: Any, task: str, method: str, seed: int, folder: Any, *, changes: Any, variant: str, **how: Any
+    ) -> dict[str, Any]:
         seen.append((method, variant, seed, changes, p.sizes.train, p.student.seed))
+        if how:
+            assert how == {"split": None, "watched": "test"} and p.sizes.test == 4
+            return {"validation": {"right": [0.25, 0.75]}}
         return {"answers": {task: [{"correct": method == "sft"}, {"correct": False}]}}
 
     monkeypatch.setattr(trials, "run_trial", trial)
@@ -41,6 +46,8 @@ def test_an_arm_has_the_rate_of_what_it_is_like_and_its_own_settings_last(
     assert given["one-0"] == {"lr": 0.5, "epochs": 2, "batch": 4} and given["more-1"]["epochs"] == 7
     e = arms.overall({"mmlu": right, "gsm8k": right}, {"gain": ("one", "untouched")})["gain"]
     assert e.mean == pytest.approx(0.5) and (e.students, e.seeds) == (2, 2)
+    tokens = arms.answered(p, "mmlu", ways, tmp_path, examples=8, steps=4, measure="tokens")
+    assert tokens["one"][0, 0].tolist() == [0.25, 0.75]
 
 
 def test_all_arms_name_methods_settings_and_arms_that_there_are() -> None:
