@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from semalign import report
 from semalign.methods import REGISTRY
-from semalign.profiles import ProfileError, load_profile
+from semalign.profiles import FOLDER, ProfileError, load_profile
 from semalign.report import BASIS_COLOURS, load_metrics, provenance_table, save_metrics, use_style
 
 
@@ -132,7 +132,9 @@ def test_provenance_table_says_all_and_is_a_table(tmp_path: Path) -> None:
     assert "| commit | 0123456789ab |" in clean and "GPU" not in clean and "wall time" not in clean
 
 
-METHOD_COLOURS = {name: row.colour for name, row in REGISTRY.items()}
+SHOWN = {name for path in FOLDER.glob("*.yaml") for name in load_profile(path.stem).methods}
+METHOD_COLOURS = {name: row.colour for name, row in REGISTRY.items() if name in SHOWN}
+"""Of the methods that some profile's figures draw together; the others stand in chapters of their own."""
 
 # What the three kinds of dichromats see, in linear RGB (Machado, Oliveira and Fernandes 2009, severity 1).
 VISION = {

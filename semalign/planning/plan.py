@@ -162,6 +162,11 @@ WAYS: dict[str, Way] = {
     "align_heads": Way("states"),
     "align_neurons": Way("states"),
     "scrambled_heads": Way("states"),
+    "interchange": Way("all"),
+    "semantic_and_causal": Way("all"),
+    "scrambled_pairs": Way("all"),
+    "geometry_frontier": Way("all", "all", 0),
+    "fisher_frontier": Way("all", "all", 0),
 }
 """By method, what :func:`method_memory` and :func:`method_seconds` read of it."""
 
@@ -193,8 +198,10 @@ CHAPTERS: dict[str, Held] = {
     "13b_regimes": Held(("sft", "logit_kd", "warm_up")),
     "14_search": Held(("logit_kd", "semalign"), full=True),
     "16_below_the_layer": Held(("semalign", "align_heads", "align_neurons"), teachers=1, students=1),
+    "17_causal": Held(("sft_layer", "semantic_and_causal")),
     "18_pairing_from_outputs": Held(("semalign",)),
     "19_larger_gaps": Held(("sft", "logit_kd", "semalign"), full=True),
+    "20_version_two": Held(("geometry_frontier", "fisher_frontier")),
 }
 """The chapters that load models of the profile, and what they hold; the others read what these left."""
 

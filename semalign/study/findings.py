@@ -298,6 +298,43 @@ def _trend(metrics: Metrics, what: str) -> str:
     )
 
 
+def causes(metrics: Metrics) -> str:
+    """Chapter 17: what the causal term is worth, with the wrong swaps beside it, and whether it is sound."""
+    terms = {delta: _number(of, "causal") for delta, of in _mapping(metrics, "terms").items()}
+    least = min(terms, key=lambda delta: terms[delta])
+    names = {"labels": "labels in the same layer", "semantic": "the semantic term alone", "scrambled": "others' swaps"}
+    said = [
+        f"{text} {_points(metrics, 'differences', f'both minus {name}')}"
+        for name, text in names.items()
+        if _has(metrics, "differences", f"both minus {name}")
+    ]
+    if not said:
+        raise _Absent
+    return (
+        f"In answers, a causal and a semantic term together make against {', against '.join(said)}. The causal term is "
+        f"smallest at {100 * float(least):.0f} % of a planted change."
+    )
+
+
+def second_version(metrics: Metrics) -> str:
+    """Chapter 20: what the layer terms add to KL, and how far the metrics are apart."""
+    names = {"geometry": "the geometry adds", "curvature": "the curvature"}
+    said = [
+        f"{text} {_points(metrics, 'differences', f'{name} minus KL alone')}"
+        for name, text in names.items()
+        if _has(metrics, "differences", f"{name} minus KL alone")
+    ]
+    spread = 100 * _number(metrics, "spread_of_metrics")
+    if len(said) < len(names):
+        raise _Absent
+    order = _part(lambda: _points(metrics, "differences", "frontier minus joint"))
+    last = "" if order is None else f" Against as many steps of all layers at once the frontier makes {order}."
+    return (
+        f"In our reading of version 2, {' and '.join(said)} to KL, in answer tokens; from the best of its metrics to "
+        f"the worst it is {spread:.1f} points.{last}"
+    )
+
+
 def claims(metrics: Metrics) -> str:
     """Chapter 15: how many claims hold."""
     counts = {word: int(n) for word, n in _mapping(metrics, "counts", "this run").items() if n}
@@ -327,8 +364,10 @@ FINDINGS: dict[str, Callable[[Metrics], str]] = {
     "13b_regimes": regimes,
     "14_search": search,
     "16_below_the_layer": below_the_layer,
+    "17_causal": causes,
     "18_pairing_from_outputs": pairing_from_outputs,
     "19_larger_gaps": larger_gaps,
+    "20_version_two": second_version,
     "15_paper_against_ours": claims,
 }
 """The function of every chapter that has a finding."""

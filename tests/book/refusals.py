@@ -42,6 +42,7 @@ PARTS = {
         "training/loop.py", "methods/registry.py", "methods/laten.py", "methods/seeking.py", "methods/seq_kd.py",
         "methods/ted.py", "methods/fdd.py", "methods/on_policy.py", "methods/warm_up.py",
         "contributions.py", "methods/heads.py",
+        "methods/interchange.py", "methods/version_two.py",
     ),
     "Results": (
         "report.py", "lm/files.py", "study/trials.py", "study/tuning.py", "study/kept.py", "study/search.py",

@@ -140,6 +140,16 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         },
         ["layer by -0.4 points (-1.0 to +0.2)", "alone by -0.6", "heads' by +0.1", "0.024", "-0.000"],
     ),
+    "17_causal": (
+        {
+            "terms": {"0.0": {"causal": 0.3}, "1.0": {"causal": 0.0}},
+            "differences": {
+                "both minus labels": e(0.01, -0.01, 0.03), "both minus semantic": e(0.0, -0.02, 0.02),
+                "both minus scrambled": e(-0.02, -0.04, 0.0),
+            },
+        },
+        ["labels in the same layer +1.0 points (-1.0 to +3.0)", "others' swaps -2.0", "at 100 % of a planted change"],
+    ),
     "18_pairing_from_outputs": (
         {
             "agreement": {"lens": 0.25, "lens, mapped": 0.5, "swap": 0.75},
@@ -163,6 +173,16 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
             "trend": {"states / width": e(-0.5, -0.9, -0.1)},
         },
         ["teacher → smaller", "states gain +10.0 points", "labels alone +11.0", "by -5 % (-9 to -1)"],
+    ),
+    "20_version_two": (
+        {
+            "differences": {
+                "geometry minus KL alone": e(0.01, -0.01, 0.03), "curvature minus KL alone": e(-0.02, -0.04, 0.0),
+                "frontier minus joint": e(0.03, 0.01, 0.05),
+            },
+            "spread_of_metrics": 0.012,
+        },
+        ["geometry adds +1.0 points (-1.0 to +3.0)", "curvature -2.0", "is 1.2 points", "frontier makes +3.0"],
     ),
     "15_paper_against_ours": (
         {"counts": {"this run": {"reproduced": 3, "contradicted": 1, "undecided": 0}, "full run": {"reproduced": 9}}},
