@@ -330,8 +330,8 @@ def second_version(metrics: Metrics) -> str:
     order = _part(lambda: _points(metrics, "differences", "frontier minus joint"))
     last = "" if order is None else f" Against as many steps of all layers at once the frontier makes {order}."
     return (
-        f"In our reading of version 2, {' and '.join(said)} to KL, in answer tokens; from the best of its metrics to "
-        f"the worst it is {spread:.1f} points.{last}"
+        f"In our reading of version 2, {' and '.join(said)} to KL, in answer tokens; from the best metric to the "
+        f"worst it is {spread:.1f} points.{last}"
     )
 
 
