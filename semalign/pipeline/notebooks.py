@@ -64,11 +64,13 @@ ORDER: dict[str, Chapter] = {
     "13_rivals": Chapter(),
     "13b_regimes": Chapter(),
     "14_search": Chapter(),
+    "21_second_family": Chapter(),
+    "22_two_vocabularies": Chapter(),
     "15_paper_against_ours": Chapter(
         reads=(
             "01_semantics", "04_alignment", "04b_gates", "05_mmlu", "06_gsm8k", "07_humaneval", "08_mbpp",
             "09_fine_tuned_teachers", "10_similarity", "11_ablations", "12_controls", "12b_students", "13b_regimes",
-            "14_search",
+            "14_search", "21_second_family", "22_two_vocabularies",
         )
     ),
     "90_cost": Chapter(),

@@ -159,6 +159,7 @@ WAYS: dict[str, Way] = {
     "warm_up": Way("states", "all", 0),
     "gkd": Way("all", "all"),
     "oprd": Way("all", "all", 0),
+    "across": Way("states"),
 }
 """By method, what :func:`method_memory` and :func:`method_seconds` read of it."""
 

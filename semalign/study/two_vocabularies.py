@@ -6,7 +6,7 @@ import copy
 import gc
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from semalign import benchmarks, classroom, semantics
+from semalign import benchmarks, classroom, report, semantics
 from semalign.classroom.training import train_tokenizer
 from semalign.lm.examples import Encoded, Example, TaskData, encode, fitting, supervised
 from semalign.lm.hooks import capture
@@ -28,7 +28,7 @@ from semalign.methods.registry import run
 from semalign.models import Pair
 from semalign.pairing import depth_pairs
 from semalign.profiles import TrialSettings
-from semalign.study import reading
+from semalign.study import analysis, reading
 from semalign.training.config import TransferConfig
 from semalign.vocabularies import SharedTokens, shared_tokens
 
@@ -101,6 +101,30 @@ def arms(
             said = f"{losses[name].mean():.4f} after {result.cost['wall_s']:.0f} s"
             say(f"{name}: {said}; cos {result.log[0]['cos']:.3f} to {result.log[-1]['cos']:.3f}")
     return losses
+
+
+def kept_transfer(path: Path = report.BOOK / "two_vocabularies.json") -> tuple[dict[str, Tensor], str]:
+    """The held-out losses (examples,) of a kept real transfer by arm, and a sentence about it; empty where none is."""
+    if not path.exists():
+        return {}, (
+            "No run of the real transfer is kept here: with Gemma installed and `SEMALIGN_DATA` set, "
+            "`tests/bench/bench_two_vocabularies.py` makes one."
+        )
+    found, made = report.load_metrics(path)
+    means = "; ".join(f"{name} {sum(of) / len(of):.4f}" for name, of in found["losses"].items())
+    said = (
+        f"{found['train']} examples, student layer {found['layer'][0]}, rate {found['lr']:g}. Held-out loss in nats, a "
+        f"mean over {found['held_out']} answers: {means}. Made on {made['date']}, from commit {made['commit'][:12]}."
+    )
+    return {name: torch.tensor(of, dtype=torch.float64) for name, of in found["losses"].items()}, said
+
+
+def against(losses: Mapping[str, Tensor], arm: str = "states over shared tokens") -> dict[str, dict[str, float]]:
+    """By how many nats an arm's held-out loss lies below each other's: estimates over examples, positive is better."""
+    others = [name for name in losses if name != arm] if arm in losses else []
+    return {
+        f"minus {name}": analysis.over_seeds_and_items((losses[name] - losses[arm])[None])._asdict() for name in others
+    }
 
 
 @dataclass(frozen=True)
@@ -244,15 +268,15 @@ def retokenised(model: Any, first: PreTrainedTokenizerBase, second: PreTrainedTo
     return twin.eval()
 
 
-def recovered(head: Tensor, shared: SharedTokens, counts: Sequence[int], seed: int = 0) -> dict[str, list[float]]:
+def recovered(rows: Tensor, counts: Sequence[int], seed: int = 0) -> dict[str, list[float]]:
     """How well a map of n shared tokens finds a turn that is known, by n: |M - Q| / |Q|, for maps and a control.
 
-    The teacher's head is the student's (m, D), gain folded in, turned by a random rotation Q and with its tokens in
-    another order, of which ``shared`` names the partners: so M has to be Q.
+    ``rows`` (m, D) are those of a head's shared tokens, gain folded in. The teacher has the same, turned by a random
+    rotation Q: so M has to be Q.
     """
     draw = torch.Generator().manual_seed(seed)
     turn = torch.linalg.qr(torch.randn(head.shape[1], head.shape[1], generator=draw, dtype=torch.float64))[0]
-    rows, found = head.double()[shared.student], dict[str, list[float]]()
+    rows, found = rows.double(), dict[str, list[float]]()
     for n in counts:
         some = rows[torch.randperm(len(rows), generator=draw)[:n]]
         for kind in ("logit", "procrustes", "paper", "shuffled"):
@@ -262,7 +286,7 @@ def recovered(head: Tensor, shared: SharedTokens, counts: Sequence[int], seed: i
     return found
 
 
-PLANTED = TransferConfig(layers=(2,), teacher_layers=(2,), epochs=4, batch=4, micro_batch=32, lr=3e-3, max_length=256)
+PLANTED = TransferConfig(layers=(2,), teacher_layers=(2,), batch=4, micro_batch=32, lr=3e-3, max_length=256)
 """How the planted teacher learns the labels, and how its states are learned: as long, at the same rate."""
 
 KIN: dict[str, tuple[str, bool, dict[str, Any]]] = {
@@ -274,7 +298,9 @@ KIN: dict[str, tuple[str, bool, dict[str, Any]]] = {
 """Of the planted teacher: a method, whether the teacher reads in the second vocabulary, and what differs."""
 
 
-def planted(student: str, n_train: int, n_held_out: int, second: PreTrainedTokenizerBase) -> dict[str, Tensor]:
+def planted(
+    student: str, n_train: int, n_held_out: int, second: PreTrainedTokenizerBase, *, epochs: int = 4
+) -> dict[str, Tensor]:
     """Divergences (examples,) in nats from a planted teacher on held-out examples, untouched and after each of ``KIN``.
 
     The teacher is a copy of Pico's ``student`` with one layer trained on labels, and then given the second vocabulary.
@@ -289,9 +315,10 @@ def planted(student: str, n_train: int, n_held_out: int, second: PreTrainedToken
     def load() -> Any:
         return classroom.load_pico(student)[0]
 
-    labels = replace(PLANTED, layer_weight=0.0, output_loss="ce", teacher_layers=None)
+    common = replace(PLANTED, epochs=epochs)
+    labels = replace(common, layer_weight=0.0, output_loss="ce", teacher_layers=None)
     teacher = REGISTRY["sft_layer"].transfer(Pair("itself", load, load, tokenizer), blind, labels).student
-    states = replace(PLANTED, interface="residual", map="logit", output_loss="none", fold_gain=True)
+    states = replace(common, interface="residual", map="logit", output_loss="none", fold_gain=True)
     found = {"untouched": reading.divergence_between(teacher, load(), watched)}
     for name, (method, reads_second, changes) in KIN.items():
         twin = retokenised(teacher, tokenizer, second) if reads_second else teacher

@@ -1,4 +1,4 @@
-"""SemAlign between two vocabularies: with one it is SemAlign to the bit; with two, targets stand where both have read."""
+"""SemAlign between two vocabularies: with one it is SemAlign to the bit; with two, targets stand where both read."""
 
 from __future__ import annotations
 
