@@ -69,12 +69,14 @@ ORDER: dict[str, Chapter] = {
     "18_pairing_from_outputs": Chapter(),
     "19_larger_gaps": Chapter(),
     "20_version_two": Chapter(),
+    "21_second_family": Chapter(),
+    "22_two_vocabularies": Chapter(),
     "15_paper_against_ours": Chapter(
         reads=(
             "01_semantics", "04_alignment", "04b_gates", "05_mmlu", "06_gsm8k", "07_humaneval", "08_mbpp",
             "09_fine_tuned_teachers", "10_similarity", "11_ablations", "12_controls", "12b_students", "13b_regimes",
             "14_search", "16_below_the_layer", "17_causal", "18_pairing_from_outputs", "19_larger_gaps",
-            "20_version_two",
+            "20_version_two", "21_second_family", "22_two_vocabularies",
         )
     ),
     "90_cost": Chapter(),

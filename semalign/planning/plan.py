@@ -167,6 +167,7 @@ WAYS: dict[str, Way] = {
     "scrambled_pairs": Way("all"),
     "geometry_frontier": Way("all", "all", 0),
     "fisher_frontier": Way("all", "all", 0),
+    "across": Way("states"),
 }
 """By method, what :func:`method_memory` and :func:`method_seconds` read of it."""
 

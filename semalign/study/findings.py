@@ -335,6 +335,40 @@ def second_version(metrics: Metrics) -> str:
     )
 
 
+def second_family(metrics: Metrics) -> str:
+    """Chapter 21: random bases against the paper's, by family."""
+    families, parts, ahead = _mapping(metrics, "families"), [], 0
+    for name, of in families.items():
+        chance, ours = _number(of, "cosine", "random", "mean"), _number(of, "cosine", "output side", "mean")
+        parts.append(f"{chance:.3f} against {ours:.3f} in {name}")
+        ahead += _number(of, "cosine", "random", "min") > _number(of, "cosine", "output side", "max")
+    return (
+        f"Recomposed from random bases a state keeps a cosine of {', '.join(parts)} from the paper's. Random bases do "
+        f"better at every layer in {ahead} of the {len(families)} looked at."
+    )
+
+
+def two_vocabularies(metrics: Metrics) -> str:
+    """Chapter 22: how much of a planted change comes over shared tokens, and what the real pair shares."""
+    names = ("untouched", "one vocabulary", "shared tokens", "other positions")
+    before, one, two, other = (_number(metrics, "planted", "left", name) for name in names)
+    real = _part(
+        lambda: (
+            _number(metrics, "overlap", "Gemma to SmolLM2", "share"),
+            _number(metrics, "overlap", "Gemma to SmolLM2", "of the student's positions that meet one"),
+        )
+    )
+    shared = (
+        ""
+        if real is None
+        else f" Gemma has {100 * real[0]:.0f} % of SmolLM2's tokens, and {100 * real[1]:.0f} % of the positions meet."
+    )
+    return (
+        f"Of a planted change that is {before:.3f} nats away, states with one vocabulary leave {one:.3f}, states over "
+        f"shared tokens {two:.3f}, and those of other positions {other:.3f}.{shared}"
+    )
+
+
 def claims(metrics: Metrics) -> str:
     """Chapter 15: how many claims hold."""
     counts = {word: int(n) for word, n in _mapping(metrics, "counts", "this run").items() if n}
@@ -368,6 +402,8 @@ FINDINGS: dict[str, Callable[[Metrics], str]] = {
     "18_pairing_from_outputs": pairing_from_outputs,
     "19_larger_gaps": larger_gaps,
     "20_version_two": second_version,
+    "21_second_family": second_family,
+    "22_two_vocabularies": two_vocabularies,
     "15_paper_against_ours": claims,
 }
 """The function of every chapter that has a finding."""

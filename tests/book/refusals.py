@@ -34,13 +34,13 @@ PARTS = {
     "Questions and examples": (
         "benchmarks/files.py", "benchmarks/data.py", "benchmarks/mmlu.py", "benchmarks/gsm8k.py",
         "benchmarks/humaneval.py", "benchmarks/mbpp.py", "benchmarks/registry.py", "benchmarks/__init__.py",
-        "benchmarks/engine.py", "lm/examples.py",
+        "benchmarks/engine.py", "lm/examples.py", "lm/positions.py",
     ),
     "Programs of models": ("benchmarks/sandbox/__init__.py", "benchmarks/sandbox/judging.py"),
     "Training": (
         "attribution.py", "semantics.py", "pairing.py", "supervision.py", "alignment.py", "training/config.py",
         "training/loop.py", "methods/registry.py", "methods/laten.py", "methods/seeking.py", "methods/seq_kd.py",
-        "methods/ted.py", "methods/fdd.py", "methods/on_policy.py", "methods/warm_up.py",
+        "methods/ted.py", "methods/fdd.py", "methods/on_policy.py", "methods/warm_up.py", "methods/across.py",
         "contributions.py", "methods/heads.py",
         "methods/interchange.py", "methods/version_two.py",
     ),

@@ -184,6 +184,24 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         },
         ["geometry adds +1.0 points (-1.0 to +3.0)", "curvature -2.0", "is 1.2 points", "frontier makes +3.0"],
     ),
+    "21_second_family": (
+        {
+            "families": {
+                "one": {"cosine": {"random": {"mean": 0.994, "min": 0.99}, "output side": {"mean": 0.74, "max": 0.8}}},
+                "two": {"cosine": {"random": {"mean": 0.999, "min": 0.7}, "output side": {"mean": 0.5, "max": 0.8}}},
+            }
+        },
+        ["0.994 against 0.740 in one", "0.999 against 0.500 in two", "in 1 of the 2 looked at"],
+    ),
+    "22_two_vocabularies": (
+        {
+            "planted": {
+                "left": {"untouched": 5.4, "one vocabulary": 0.04, "shared tokens": 0.1, "other positions": 5.3}
+            },
+            "overlap": {"Gemma to SmolLM2": {"share": 0.94, "of the student's positions that meet one": 0.98}},
+        },
+        ["5.400 nats away", "leave 0.040", "shared tokens 0.100", "94 % of SmolLM2's tokens", "98 % of the positions"],
+    ),
     "15_paper_against_ours": (
         {"counts": {"this run": {"reproduced": 3, "contradicted": 1, "undecided": 0}, "full run": {"reproduced": 9}}},
         ["Of 4 claims: 3 reproduced, 1 contradicted."],
