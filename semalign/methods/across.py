@@ -184,6 +184,6 @@ def _objective(
 METHODS = {
     "across": Method(
         "SemAlign over shared tokens", transfer, "train, extract", "LoRA on layer k", "states at l(k)", True,
-        colour="#aa6633", vocabularies="shared",
+        colour="#5f7f3f", vocabularies="shared",
     )
 }  # fmt: skip
