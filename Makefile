@@ -56,8 +56,8 @@ fetch: setup ## bring the models and questions of PROFILE into the hub's cache, 
 tune: setup ## choose each method's hyperparameters for PROFILE on validation examples, into book/tuned
 	@OMP_NUM_THREADS=1 $(BIN)/python -m semalign.pipeline tune "$(PROFILE)" $(if $(filter-out all,$(CORES)),--cores $(CORES))
 
-keep: setup ## keep the numbers of a finished run of PROFILE in book/full_run, which the page on the full run draws
-	@$(BIN)/python -m semalign.pipeline keep "$(PROFILE)"
+keep: setup ## keep the numbers of a finished run of PROFILE in book/full_run; with TRIALS=1 the trials of one that has not ended
+	@$(BIN)/python -m semalign.pipeline keep "$(PROFILE)" $(if $(TRIALS),--trials)
 
 test: setup ## the test suite, a file at a time on each core
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadfile --no-loadscope-reorder
