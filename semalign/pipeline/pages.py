@@ -24,7 +24,7 @@ MARKS = ("data", "findings", "downloads")
 
 API = {
     "paper": ("The paper", ("semantics", "attribution", "pairing", "supervision", "alignment")),
-    "models": ("Models, profiles and reports", ("models", "profiles", "report", "packaged")),
+    "models": ("Models, profiles and reports", ("models", "profiles", "report", "packaged", "vocabularies")),
 }
 """The first pages of the reference: what each is called, and whose modules it holds. Then each folder has its own."""
 

@@ -275,7 +275,7 @@ def recovered(rows: Tensor, counts: Sequence[int], seed: int = 0) -> dict[str, l
     rotation Q: so M has to be Q.
     """
     draw = torch.Generator().manual_seed(seed)
-    turn = torch.linalg.qr(torch.randn(head.shape[1], head.shape[1], generator=draw, dtype=torch.float64))[0]
+    turn = torch.linalg.qr(torch.randn(rows.shape[1], rows.shape[1], generator=draw, dtype=torch.float64))[0]
     rows, found = rows.double(), dict[str, list[float]]()
     for n in counts:
         some = rows[torch.randperm(len(rows), generator=draw)[:n]]
