@@ -29,6 +29,13 @@ RANK = 16
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
+PACKAGED = {
+    "smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "gemma-3-270m": "google/gemma-3-270m",
+}
+"""Which of the hub's models a package carries."""
+
+
 @functools.cache
 def _file() -> dict[str, Any]:
     return dict(yaml.safe_load(FILE.read_text(encoding="utf-8")))
@@ -57,7 +64,8 @@ class Shape:
     def layer_parameters(self) -> int:
         """Numbers in the matrices and norms of one layer."""
         queries, keys = self.heads * self.head, self.groups * self.head
-        norms = 2 * self.width + {"olmo2": queries + keys, "qwen3": 2 * self.head}.get(self.type, 0)
+        more = {"olmo2": queries + keys, "qwen3": 2 * self.head, "gemma3_text": 2 * (self.width + self.head)}
+        norms = 2 * self.width + more.get(self.type, 0)
         return 2 * self.width * (queries + keys) + 3 * self.width * self.mlp + norms
 
     @property
@@ -83,7 +91,7 @@ def shape_of(source: Source) -> Shape:
             raise ProfileError(
                 f"{path} has no config.json that a plan can read ({error!r}): give a model's folder"
             ) from None
-    name = "HuggingFaceTB/SmolLM2-135M-Instruct" if isinstance(source, Packaged) else source.id
+    name = PACKAGED[source.id] if isinstance(source, Packaged) else source.id
     if name not in configurations():
         raise ProfileError(
             f"plans know no configuration of {name}: add the numbers of its config.json to {FILE.name}, or copy the "
