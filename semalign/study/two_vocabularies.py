@@ -108,7 +108,7 @@ def kept_transfer(path: Path = report.BOOK / "two_vocabularies.json") -> tuple[d
     if not path.exists():
         return {}, (
             "No run of the real transfer is kept here: with Gemma installed and `SEMALIGN_DATA` set, "
-            "`tests/bench/bench_two_vocabularies.py` makes one."
+            "`tests/real/two_vocabularies.py` makes one."
         )
     found, made = report.load_metrics(path)
     means = "; ".join(f"{name} {sum(of) / len(of):.4f}" for name, of in found["losses"].items())

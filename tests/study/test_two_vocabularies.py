@@ -83,7 +83,7 @@ def test_a_planted_change_comes_over_shared_tokens() -> None:
 
 def test_a_kept_transfer_is_read_and_an_absent_one_is_said(tmp_path: Path) -> None:
     losses, said = study.kept_transfer(tmp_path / "none.json")
-    assert losses == {} and "bench_two_vocabularies.py" in said and study.against(losses) == {}
+    assert losses == {} and "tests/real/two_vocabularies.py" in said and study.against(losses) == {}
     kept = {"losses": {"states over shared tokens": [1.0, 2.0], "labels alone": [1.1, 2.3]}}
     kept |= {"train": 2, "held_out": 2, "layer": [25], "lr": 1e-3}  # type: ignore[dict-item]
     report.save_metrics(tmp_path / "kept.json", kept, seeds=[0], profile="none")

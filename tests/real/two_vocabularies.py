@@ -1,6 +1,6 @@
 """The real transfer between two vocabularies: Gemma-3-270M to SmolLM2-135M on 200 GSM8K examples; an hour on a core.
 
-``SEMALIGN_DATA=folder python tests/bench/bench_two_vocabularies.py`` writes ``book/two_vocabularies.json``, from where
+``SEMALIGN_DATA=folder python tests/real/two_vocabularies.py`` writes ``book/two_vocabularies.json``, from where
 chapter 22 draws it. Gemma has to be installed (``make gemma``), and the folder to hold GSM8K.
 """
 
