@@ -114,7 +114,7 @@ def kept_transfer(path: Path = report.BOOK / "two_vocabularies.json") -> tuple[d
     means = "; ".join(f"{name} {sum(of) / len(of):.4f}" for name, of in found["losses"].items())
     said = (
         f"{found['train']} examples, student layer {found['layer'][0]}, rate {found['lr']:g}. Held-out loss in nats, a "
-        f"mean over {found['held_out']} answers: {means}. Made on {made['date']}, from commit {made['commit'][:12]}."
+        f"mean over {found['held_out']} answers: {means}. Made on {made['date']}."
     )
     return {name: torch.tensor(of, dtype=torch.float64) for name, of in found["losses"].items()}, said
 
