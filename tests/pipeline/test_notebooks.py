@@ -96,3 +96,10 @@ def test_figures_have_a_caption_a_name_and_an_alternative_text(path: Path) -> No
             described = cell.metadata.get("mystnb", {})
             assert len(described["figure"]["caption"]) > 40 and described["figure"]["name"]
             assert len(described["image"]["alt"]) > 40
+
+
+def test_no_two_figures_have_one_name() -> None:
+    """A page's link would lead to either; Sphinx refuses the second."""
+    described = [c.metadata.get("mystnb", {}) for path in NOTEBOOKS for c in code_cells(path)]
+    names = [d["figure"]["name"] for d in described if "figure" in d]
+    assert len(names) > 20 and sorted(names) == sorted(set(names))
