@@ -160,8 +160,9 @@ def findings_list(p: Profile, kept: Numbers, run: Numbers) -> str:
     """What every chapter found, a line each; of the kept run where it says something, else of this one."""
     from semalign.study.findings import FINDINGS
 
-    titles = {name: f"[{title(name, p)}](../notebooks/{name}.ipynb)." for name in FINDINGS}
-    return _told(p, kept, run, titles)
+    titles = {name: title(name, p) for name in FINDINGS}
+    ends = {name: "" if text.endswith("?") else "." for name, text in titles.items()}
+    return _told(p, kept, run, {n: f"[{text}](../notebooks/{n}.ipynb){ends[n]}" for n, text in titles.items()})
 
 
 def in_short(p: Profile, kept: Numbers, run: Numbers) -> str:
