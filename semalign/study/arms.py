@@ -12,7 +12,7 @@ from torch import Tensor
 from semalign.profiles import Profile
 from semalign.study import trials
 from semalign.study.analysis import Estimate, over_seeds_and_items
-from semalign.study.regimes import Way, budget
+from semalign.study.regimes import Way
 
 SEEDS = 2
 """How many of a profile's training seeds an arm has."""
@@ -45,17 +45,14 @@ def answered(
         sizes, how = {"train": examples, "test": min(p.sizes.test or ASKED, ASKED)}, {"split": None, "watched": "test"}
     right = {}
     for name, way in {"untouched": Way("none"), **ways}.items():
-        changes = {**trials.hyperparameters(p, way.like, task), **budget(examples, steps), **way.settings}
+        changes = None if way.method == "none" else way.changes(p, task, examples, steps)
+        label = name.replace(",", "").replace(" ", "-")
         of_students = []
         for at, student in enumerate(p.students):
             taught = p.changed(student=student, sizes=sizes)
             seeds = trials.seeds_of(way.method, p.seeds[:SEEDS])
-            variant, given = (
-                f"{name.replace(',', '').replace(' ', '-')}-{at}",
-                changes if way.method != "none" else None,
-            )
             made = [
-                trials.run_trial(taught, task, way.method, s, folder, changes=given, variant=variant, **how)
+                trials.run_trial(taught, task, way.method, s, folder, changes=changes, variant=f"{label}-{at}", **how)
                 for s in seeds
             ]
             of_students.append(trials.measured(made, task, measure))

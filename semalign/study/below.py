@@ -34,7 +34,7 @@ from semalign.pairing import critical_pair
 from semalign.profiles import Profile
 from semalign.semantics import semantic_map
 from semalign.study import trials
-from semalign.study.regimes import Way, budget
+from semalign.study.regimes import Way
 
 EXAMPLES, STEPS, QUESTIONS = 64, 32, 50
 """Of every training: the most examples, about how many steps, and the most questions whose answers are read."""
@@ -166,8 +166,7 @@ def trial(
     sizes = {"train": n, "test": min(QUESTIONS, p.sizes.test or QUESTIONS), "validation": p.sizes.validation}
     taught = p.changed(student=p.students[student], sizes=sizes)
     states = {} if way == "labels" else {"layer_weight": weight}
-    given = {**trials.hyperparameters(p, of.like or of.method, task), "layers": [layer]}
-    changes = {**given, **of.settings, **states, **budget(n, min(STEPS, p.regimes.steps))}
+    changes = {**of.changes(p, task, n, min(STEPS, p.regimes.steps)), "layers": [layer], **states}
     name = f"{list(WAYS).index(way)}-{weight:g}-{student}-{watched}"
     return trials.run_trial(
         taught, task, of.method, seed, folder, changes=changes, split=None, variant=name, watched=watched

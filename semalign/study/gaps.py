@@ -17,7 +17,7 @@ from torch import Tensor
 from semalign.lm.parts import describe
 from semalign.models import load_pair
 from semalign.profiles import Pico, Profile, Random, Source, pico_names
-from semalign.study import regimes, trials
+from semalign.study import trials
 from semalign.study.analysis import Estimate, over_seeds_and_items
 from semalign.study.regimes import Way
 
@@ -82,8 +82,7 @@ def trained(p: Profile, task: str, rung: Rung, way: str, folder: str | Path) -> 
             asked = None if way == trials.TEACHER else "test"
             made.append([trials.run_trial(taught, task, way, p.seeds[0], folder, split=asked, variant=name)])
             continue
-        given = trials.hyperparameters(p, of.like or of.method, task)
-        changes = {**given, **of.settings, **regimes.budget(examples, p.regimes.steps)}
+        changes = of.changes(p, task, examples, p.regimes.steps)
         made.append([trials.run_trial(taught, task, of.method, p.seeds[0], folder, changes=changes, variant=name)])
     return made
 

@@ -236,11 +236,7 @@ def taught(
     """
     of, made, examples = SETTINGS[setting], [], max(p.regimes.examples)
     asked = "test" if of.settings.get("output_loss") != "none" else None
-    given = {
-        **trials.hyperparameters(p, of.like, task),
-        **of.settings,
-        **regimes.budget(examples, p.regimes.steps // 2),
-    }
+    given = of.changes(p, task, examples, p.regimes.steps // 2)
     for at, own in enumerate(layers):
         teacher = teachers[at] if teachers else p.teacher
         pair = p.changed(student=p.students[at], teacher=teacher, sizes={"train": examples})

@@ -34,6 +34,10 @@ class Way:
         """Whether it takes anything from the teacher: otherwise its cells are the same for every teacher."""
         return REGISTRY[self.method].teacher not in ("-", "chooses k")
 
+    def changes(self, p: Profile, task: str, examples: int, steps: int) -> dict[str, Any]:
+        """What a trial of it is to change: what it is like, about so many steps (:func:`budget`), its own settings."""
+        return {**trials.hyperparameters(p, self.like, task), **budget(examples, steps), **self.settings}
+
 
 WAYS = {
     "labels": Way("sft"),
@@ -70,8 +74,7 @@ def cell(p: Profile, task: str, way: str, examples: int, kind: str, folder: str 
     for at, student in enumerate(p.students):
         of, teacher = WAYS[way], p.kin_teachers[at] if kind == "kin" else p.teacher
         taught = p.changed(student=student, teacher=teacher, sizes={"train": examples})
-        given = trials.hyperparameters(p, of.like, task)
-        changes = {**given, **of.settings, **budget(examples, p.regimes.steps)}
+        changes = of.changes(p, task, examples, p.regimes.steps)
         name = f"{kind if of.asks else 'any'}-{list(WAYS).index(way)}-{examples}-{at}"
         of_students.append(
             [trials.run_trial(taught, task, of.method, p.seeds[0], folder, changes=changes, variant=name)]
