@@ -87,10 +87,10 @@ def test_every_parameter_outside_layer_k_is_bit_identical(trained: str, names: t
     assert all(p.requires_grad for p in result.student.parameters())
 
 
-@pytest.mark.parametrize("trained", ["lora", "layer"])
-def test_gradients_reach_layer_k_only(trained: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def watched_steps(patch: pytest.MonkeyPatch) -> tuple[Callable[[], Any], list[dict[str, float]]]:
+    """A loader of students, and for each optimizer step the size of every gradient of the last of them, by name."""
     models: list[Any] = []
-    reached: set[str] = set()
+    steps: list[dict[str, float]] = []
     step = torch.optim.AdamW.step
 
     def load() -> Any:
@@ -98,11 +98,19 @@ def test_gradients_reach_layer_k_only(trained: str, monkeypatch: pytest.MonkeyPa
         return models[-1]
 
     def spy(self: Any, *args: Any) -> Any:
-        reached.update(n for n, p in models[-1].named_parameters() if p.grad is not None)
+        of_last = models[-1].named_parameters()
+        steps.append({n: float(p.grad.abs().sum()) for n, p in of_last if p.grad is not None})
         return step(self, *args)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    patch.setattr(torch.optim.AdamW, "step", spy)
+    return load, steps
+
+
+@pytest.mark.parametrize("trained", ["lora", "layer"])
+def test_gradients_reach_layer_k_only(trained: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    load, steps = watched_steps(monkeypatch)
     transfer(make_pair(load_student=load), task(), settings(trained=trained))
+    reached = {n for sizes in steps for n in sizes}
     assert reached and all(n.startswith(f"model.layers.{K - 1}.") for n in reached)
 
 

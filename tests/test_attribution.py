@@ -44,8 +44,8 @@ def batch() -> dict[str, Tensor]:
     return collate([encoded(0, 12, 5), encoded(1, 7, 3), encoded(2, 9, 2)], 0)
 
 
-def captum(model: nn.Module, batch: dict[str, Tensor], module: nn.Module) -> Tensor:
-    """Gradient x activation (B, T, D) of one module, as Captum computes it."""
+def captum(model: nn.Module, batch: dict[str, Tensor], module: nn.Module, *, entering: bool = False) -> Tensor:
+    """Gradient x activation (B, T, D) of a module, at its output or at what is ``entering``, as Captum computes it."""
 
     def forward(ids: Tensor) -> Tensor:
         logits = model(input_ids=ids, attention_mask=batch["attention_mask"], use_cache=False).logits
@@ -57,7 +57,7 @@ def captum(model: nn.Module, batch: dict[str, Tensor], module: nn.Module) -> Ten
     module = (
         getattr(module, "o_proj", getattr(module, "c_proj", module)) if "Attention" in repr(type(module)) else module
     )
-    out = LayerGradientXActivation(forward, module).attribute(batch["input_ids"])
+    out = LayerGradientXActivation(forward, module).attribute(batch["input_ids"], attribute_to_layer_input=entering)
     return (out[0] if isinstance(out, tuple) else out).detach()
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from captum.attr import LayerGradientXActivation
+from test_attribution import captum
 from tiny import FAMILIES, ODD, tiny_llama, toy_data
-from torch import Tensor, nn
+from torch import Tensor
 
 from semalign.attribution import layer_attribution, neuron_attribution
 from semalign.contributions import (
@@ -29,7 +29,7 @@ from semalign.contributions import (
     within,
     written,
 )
-from semalign.lm.examples import IGNORED, collate
+from semalign.lm.examples import collate
 from semalign.lm.hooks import capture
 from semalign.lm.parts import decoder, decoder_layers
 
@@ -117,26 +117,13 @@ def test_neurons_are_grouped_by_the_size_of_their_scores() -> None:
 # ------------------------------------------------------------------------------------------------------- attribution
 
 
-def captum(model: nn.Module, batch: dict[str, Tensor], module: nn.Module) -> Tensor:
-    """Gradient x activation (B, T, P) at a module's input, as Captum computes it."""
-
-    def forward(ids: Tensor) -> Tensor:
-        logits = model(input_ids=ids, attention_mask=batch["attention_mask"], use_cache=False).logits
-        labels = batch["labels"][:, 1:]
-        loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
-        return loss[None]  # Captum wants outputs it can count
-
-    out = LayerGradientXActivation(forward, module).attribute(batch["input_ids"], attribute_to_layer_input=True)
-    return (out[0] if isinstance(out, tuple) else out).detach()
-
-
 @builds
 def test_heads_and_neurons_score_as_captum_has_it(build: Callable[[], Any], batch: dict[str, Tensor]) -> None:
     model = build()
     heads = {reduce: head_attribution(model, batch, reduce=reduce) for reduce in ("signed", "abs", "l2")}
     _, neurons = read_columns(model, batch, "mlp")
     for k in range(1, 4):
-        products = captum(model, batch, last_matrix(model, k, "attention")).unflatten(-1, (4, -1))
+        products = captum(model, batch, last_matrix(model, k, "attention"), entering=True).unflatten(-1, (4, -1))
         wanted = {
             "signed": products.sum((0, 1, 3)),
             "abs": products.abs().sum((0, 1, 3)),
@@ -144,7 +131,7 @@ def test_heads_and_neurons_score_as_captum_has_it(build: Callable[[], Any], batc
         }
         for reduce, scores in wanted.items():
             assert torch.allclose(heads[reduce][k - 1], scores, rtol=1e-4, atol=1e-5), reduce
-        own = captum(model, batch, last_matrix(model, k, "mlp")).sum((0, 1))
+        own = captum(model, batch, last_matrix(model, k, "mlp"), entering=True).sum((0, 1))
         assert torch.allclose(neurons[k - 1], own, rtol=1e-4, atol=1e-5)
 
 

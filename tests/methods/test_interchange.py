@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_alignment import K, changed, make_pair, same_weights, settings, student, task
+from test_alignment import K, changed, make_pair, same_weights, settings, student, task, watched_steps
 from test_methods import data, pair
 from torch.nn import functional as F
 
@@ -58,20 +58,9 @@ def test_training_on_swaps_alone_goes_to_the_planted_delta() -> None:
 
 @pytest.mark.parametrize("name", ARMS)
 def test_gradients_reach_layer_k_only(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    models: list[Any] = []
-    reached: set[str] = set()
-    step = torch.optim.AdamW.step
-
-    def load() -> Any:
-        models.append(student())
-        return models[-1]
-
-    def spy(self: Any, *args: Any) -> Any:
-        reached.update(n for n, p in models[-1].named_parameters() if p.grad is not None)
-        return step(self, *args)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    load, steps = watched_steps(monkeypatch)
     result = REGISTRY[name].transfer(make_pair(load_student=load), task(), settings())
+    reached = {n for sizes in steps for n in sizes}
     assert reached and all(n.startswith(f"model.layers.{K - 1}.") for n in reached)
     assert {n.split(".")[2] for n in changed(result, student())} == {str(K - 1)}
 

@@ -11,7 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from test_alignment import Interrupted, changed, interrupt_at, losses, make_pair, same_weights, settings, student, task
+from test_alignment import (
+    Interrupted,
+    changed,
+    interrupt_at,
+    losses,
+    make_pair,
+    same_weights,
+    settings,
+    student,
+    task,
+    watched_steps,
+)
 from test_alignment import teacher as teacher_of_other_width
 from torch.nn import functional as F
 
@@ -107,20 +118,9 @@ def test_fdd_resumes_to_the_same_bits_and_not_from_another_objective(
 
 @pytest.mark.parametrize("name", ["fdd", *ON_POLICY])
 def test_gradients_reach_all_layers_and_nothing_else(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    models: list[Any] = []
-    reached: set[str] = set()
-    step = torch.optim.AdamW.step
-
-    def load() -> Any:
-        models.append(student())
-        return models[-1]
-
-    def spy(self: Any, *args: Any) -> Any:
-        reached.update(n for n, p in models[-1].named_parameters() if p.grad is not None and p.grad.abs().sum() > 0)
-        return step(self, *args)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    load, steps = watched_steps(monkeypatch)
     run(name, make_pair(load_student=load))
+    reached = {n for sizes in steps for n, size in sizes.items() if size > 0}
     assert {n.split(".")[2] for n in reached} == {"0", "1", "2"}
     assert all("lora_" in n for n in reached)
 

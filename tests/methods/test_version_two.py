@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_alignment import changed, make_pair, settings, student, task, teacher
+from test_alignment import changed, make_pair, settings, student, task, teacher, watched_steps
 from torch.nn import functional as F
 
 from semalign.lm.parts import decoder_layers, head_weight
@@ -113,21 +113,9 @@ def test_sources_keep_the_order_and_the_window_and_have_the_largest_score() -> N
 
 @pytest.mark.parametrize("name", ARMS)
 def test_each_stage_trains_its_layer_alone_from_shallow_to_deep(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    models: list[Any] = []
-    reached: list[set[int]] = []
-    step = torch.optim.AdamW.step
-
-    def load() -> Any:
-        models.append(student())
-        return models[-1]
-
-    def spy(self: Any, *args: Any) -> Any:
-        with_gradient = [n for n, p in models[-1].named_parameters() if p.grad is not None]
-        reached.append({int(n.split("layers.")[1].split(".")[0]) + 1 for n in with_gradient})
-        return step(self, *args)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    load, steps = watched_steps(monkeypatch)
     result = REGISTRY[name].transfer(make_pair(load_student=load), task(), settings(epochs=1))
+    reached = [{int(n.split("layers.")[1].split(".")[0]) + 1 for n in sizes} for sizes in steps]
     assert reached == [{k} for k in (1, 2, 3) for _ in range(3)]
     assert {int(n.split(".")[2]) + 1 for n in changed(result, student())} == {1, 2, 3} == set(result.layers)
 
