@@ -240,12 +240,12 @@ def canary(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_no_hostile_program_passes_harms_or_stays(name: str, canary: Path) -> None:
+def test_no_hostile_program_passes_harms_or_stays(name: str, canary: Path, scratch: Path) -> None:
     places = {"{canary}": str(canary), "{folder}": str(canary.parent), "{home}": str(Path.home())}
     program = HOSTILE[name]
     for key, value in places.items():
         program = program.replace(key, value)
-    others, files = _processes(), set(os.listdir(tempfile.gettempdir()))
+    others = _processes()
     started = time.monotonic()
     (outcome,) = run_programs([program], timeout_s=TIMEOUT, memory_mb=256)
     took = time.monotonic() - started
@@ -255,13 +255,14 @@ def test_no_hostile_program_passes_harms_or_stays(name: str, canary: Path) -> No
     assert "canary sings" not in outcome.output and len(outcome.output) <= 2000
     assert canary.read_text() == "the canary sings"
     assert not _left(others)
-    assert {f for f in os.listdir(tempfile.gettempdir()) if f.startswith("semalign-")} <= files
+    assert not list(scratch.iterdir())
 
 
 @pytest.mark.parametrize("tool", TOOLS)
 def test_every_level_refuses_the_hostile_and_passes_the_right(tool: str | None, canary: Path) -> None:
     hostile = [p.replace("{canary}", str(canary)).replace("{folder}", str(canary.parent)) for p in HOSTILE.values()]
-    outcomes = sandbox._run_all([*hostile, *RIGHT.values()], tool, 0.5, 256, 2)
+    outcomes = sandbox._run_all(hostile, tool, 0.5, 256, 2)
+    outcomes += sandbox._run_all([*RIGHT.values()], tool, 10.0, 256, 2)  # these end by themselves, on a busy core too
     passed = [o.passed for o in outcomes]
     names = [*HOSTILE, *RIGHT]
     assert [n for n, p in zip(names, passed, strict=True) if p] == list(RIGHT), [
