@@ -88,8 +88,8 @@ def stage_book(p: Profile, results: Path) -> Path:
             elif out:
                 cell.source = without_links(cell.source, out)
         notebook.cells[0].source = pages.with_title(notebook.cells[0].source, pages.title(name, p))
-        if box := pages.finding_box(name, p, kept, run):
-            notebook.cells.insert(1, nbformat.v4.new_markdown_cell(without_links(box, out)))
+        added = [pages.finding_box(name, p, kept, run), pages.two_runs(name, p, kept, run)]
+        notebook.cells[1:1] = [nbformat.v4.new_markdown_cell(without_links(text, out)) for text in added if text]
         notebook.cells.append(nbformat.v4.new_markdown_cell(_made(name, notebook, results)))
         nbformat.write(notebook, stage / "notebooks" / f"{name}.ipynb")
     return stage

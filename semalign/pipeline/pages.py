@@ -32,6 +32,14 @@ DECIDING = {
 }
 """The chapters whose findings are the front page's, each with its question."""
 
+COMPARED = {
+    "04b_gates": ("gains", "gain of labels in all layers on"),
+    "12b_students": ("differences", "SemAlign tuned, on / minus"),
+    "13b_regimes": ("overall", "what is added, and to whom"),
+    **{name: ("gains/none", "minus the untouched student") for name, chapter in ORDER.items() if chapter.of_task},
+}
+"""The chapters whose main table both runs have: where its differences are among the numbers, and what its rows are."""
+
 API = {
     "paper": ("The paper", ("semantics", "attribution", "contributions", "pairing", "supervision", "alignment")),
     "models": ("Models, profiles and reports", ("models", "vocabularies", "profiles", "report", "packaged")),
@@ -120,6 +128,41 @@ def finding_box(name: str, p: Profile, kept: Numbers, run: Numbers) -> str:
     if not lines:
         return ""
     return ":::{admonition} The finding\n:class: tip finding\n\n" + "\n\n".join(lines) + "\n:::"
+
+
+def two_runs(name: str, p: Profile, kept: Numbers, run: Numbers) -> str:
+    """Under the finding, its table of both runs in tabs, the kept one first; empty where one has no such numbers.
+
+    The rows are those that both runs have, so that a reader compares like with like; in points, with 95 % intervals.
+    """
+    if name not in COMPARED:
+        return ""
+    path, rows = COMPARED[name]
+    full, own = (_differences(numbers.get(name, {}), path) for numbers in (kept, run))
+    both = [row for row in full if row in own]
+    if not both or full == own:
+        return ""
+    tabs = []
+    for label, table in (("The full run", full), (f"This run ({p.name})", own)):
+        lines = [f"| {row} | {' | '.join(f'{100 * table[row][n]:+.1f}' for n in range(3))} |" for row in both]
+        head = f"| {rows} | points | from | to |\n|---|--:|--:|--:|"
+        more = len(table) - len(both)
+        note = f"\n\nIt has {more} more, which the other run has not." if more else ""
+        tabs.append(f":::{{tab-item}} {label}\n{head}\n" + "\n".join(lines) + f"{note}\n:::")
+    return "::::{tab-set}\n\n" + "\n\n".join(tabs) + "\n\n::::"
+
+
+def _differences(metrics: Mapping[str, Any], path: str) -> dict[str, tuple[float, float, float]]:
+    """Differences by row, each a mean and the ends of its interval; a row that has none of them is left out."""
+    table: Any = metrics
+    for key in path.split("/"):
+        table = table.get(key, {})
+    ends = ("mean", "low", "high")
+    return {
+        row: (e["mean"], e["low"], e["high"])
+        for row, e in table.items()
+        if all(isinstance(e.get(n), int | float) for n in ends)
+    }
 
 
 def readable_tables(html: str) -> str:

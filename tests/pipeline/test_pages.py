@@ -89,6 +89,21 @@ def test_the_full_run_comes_first_and_is_not_said_twice() -> None:
     assert pages.finding_box("01_semantics", p, {}, {}) == ""
 
 
+def test_the_table_of_two_runs_stands_in_tabs_with_the_rows_that_both_have() -> None:
+    p = load_profile("classroom")
+    full = {"sft": {"mean": 0.25, "low": 0.2, "high": 0.3}, "gkd": {"mean": 0.1, "low": 0.0, "high": 0.2}}
+    own = {"sft": {"mean": -0.125, "low": -0.2, "high": -0.05}, "twin": {"mean": 0.5, "low": 0.4, "high": 0.6}}
+    kept, run = ({"05_mmlu": {"gains": {"none": found}}} for found in (full, own))
+    told = pages.two_runs("05_mmlu", p, kept, run)
+    assert told.startswith("::::{tab-set}") and told.index("The full run") < told.index("This run (classroom)")
+    assert "| sft | +25.0 | +20.0 | +30.0 |" in told and "| sft | -12.5 | -20.0 | -5.0 |" in told
+    assert "gkd" not in told and "twin" not in told and told.count("It has 1 more") == 2
+    assert pages.two_runs("05_mmlu", p, run, run) == pages.two_runs("05_mmlu", p, {}, run) == ""
+    assert pages.two_runs("01_semantics", p, kept, run) == ""
+    own["sft"]["mean"] = None
+    assert pages.two_runs("05_mmlu", p, kept, run) == ""
+
+
 def test_the_front_page_says_whose_findings_it_lists() -> None:
     p = load_profile("classroom")
     numbers, other = {"01_semantics": COSINES}, {"13_rivals": {"differing": {"laten": 5, "laten_released": 0}}}
