@@ -20,19 +20,15 @@ help: ## this list
 
 setup: $(VENV)/.installed ## make .venv at the versions of requirements.lock
 
-# torch comes first and by itself: without an NVIDIA driver its CPU build, where PyTorch's own index can be
-# reached, and otherwise the build that pip finds. The lock holds every other package.
+# torch comes first and by itself: where PyTorch's own index can be reached, the build that fits the driver found here
+# (without one, the build for CPUs), and otherwise the build that pip finds. The lock holds every other package.
 $(VENV)/.installed: pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"make: Python 3.11, 3.12 or 3.13 is needed and $(PYTHON) is {v[0]}.{v[1]}: call make PYTHON=python3.12")'
 	@echo "== installing into $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install -qq --disable-pip-version-check uv==$(UV)
-	@if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then \
-	    $(BIN)/pip install -qq torch==$(TORCH); \
-	 else \
-	    UV_HTTP_RETRIES=0 $(BIN)/uv pip install -qq --python $(BIN)/python --torch-backend cpu torch==$(TORCH) 2>/dev/null \
-	    || $(BIN)/pip install -qq torch==$(TORCH); \
-	 fi
+	@UV_HTTP_RETRIES=0 $(BIN)/uv pip install -qq --python $(BIN)/python --torch-backend auto torch==$(TORCH) 2>/dev/null \
+	    || $(BIN)/pip install -qq torch==$(TORCH)
 	@$(BIN)/uv pip install -qq --python $(BIN)/python --no-deps -r requirements.lock -e .
 	@touch $@
 
