@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from semalign.lm.files import write_json
 from semalign.pipeline.__main__ import finished_trials
+from semalign.pipeline.notebooks import ORDER
 from semalign.profiles import load_profile
+from semalign.report import BOOK, load_metrics
 from semalign.study import analysis, trials
 from semalign.study.kept import READ, keep_items, kept_items
 
 METHODS = {"teacher": [0], "none": [0], "sft": [0, 1, 2], "semalign": [0, 1, 2]}
+ENDS = ("mean", "low", "high")
 Trial = dict[str, Any]
 
 
@@ -59,6 +63,44 @@ def test_the_tables_of_a_run_come_back_from_its_kept_items(run: list[Trial], tmp
     for rounded in ("finer", "closeness"):
         for method, row in made[rounded].items():
             assert read[rounded][method] == pytest.approx(row, rel=2e-3, abs=2e-3)
+
+
+def test_the_tables_of_the_kept_run_are_made_again_from_its_items() -> None:
+    """Scores and gains of every method to the last bit, losses as float16 has them, and the students' differences."""
+    items = kept_items(BOOK / "full_run" / "items")
+    numbers = {path.stem: load_metrics(path)[0] for path in (BOOK / "full_run").glob("*.json")}
+    seeds, decisive = (load_metrics(BOOK / "full_run" / f"{n}.json")[1]["seeds"] for n in ("05_mmlu", "12b_students"))
+
+    def of(task: str, method: str, variant: str, seeds: list[int]) -> list[Trial]:
+        found = {t["seed"]: t for t in items if (t["task"], t["method"], t["variant"]) == (task, method, variant)}
+        return [found[seed] for seed in trials.seeds_of(method, seeds)]
+
+    again, kept = {}, {}
+    for name, task in ((name, chapter.of_task) for name, chapter in ORDER.items() if chapter.of_task):
+        start = of(task, "none", "", seeds)
+        for method, score in numbers[name]["scores"].items():
+            made = of(task, method, "", seeds)
+            right = trials.right(made, task)
+            again[task, method] = list(analysis.over_seeds_and_items(right))[:3]
+            kept[task, method] = [score[n] for n in ENDS]
+            if method in numbers[name]["gains"]["none"]:
+                gain = numbers[name]["gains"]["none"][method]
+                again[task, method, "gain"] = list(analysis.over_seeds_and_items(right - trials.right(start, task)))[:3]
+                kept[task, method, "gain"] = [gain[n] for n in ENDS]
+                finer = trials.measured(made, task, "loss") - trials.measured(start, task, "loss")
+                assert float(finer.mean()) == pytest.approx(numbers[name]["finer"]["none"][method]["mean"], abs=2e-3)
+    students = ["", "sibling1", "sibling2"]
+    for label, e in numbers["12b_students"]["differences"].items():
+        task, other = label.split(" / ")
+        ours, theirs = (
+            torch.stack([trials.right(of(task, m, v, decisive), task) for v in students])
+            for m in ("semalign_tuned", other)
+        )
+        again[label,] = list(analysis.over_seeds_and_items(ours - theirs))[:3]
+        kept[label,] = [e[n] for n in ENDS]
+    assert len(again) > 100
+    for key, row in again.items():
+        assert row == pytest.approx(kept[key], abs=1e-9), key
 
 
 def test_each_trial_keeps_its_own_questions_and_examples(run: list[Trial], tmp_path: Path) -> None:
