@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import platform
@@ -50,6 +51,7 @@ def opened(profile: str, results: str | Path | None, changes: Mapping[str, Any])
     for part in ("artefacts", "metrics"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     before_models(p, folder)
+    gc.freeze()  # what the imports made stays: between two models a collection need not walk through all of it
     return p, folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -20,3 +21,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, all others in their order."""
     items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
+def pytest_collection_finish() -> None:
+    """What the imports made stays: each of the transfers of this suite collects what it held, and nothing else."""
+    gc.freeze()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import os
 import shutil
 import socket
@@ -149,7 +150,7 @@ def choose(profile: str, cores: int) -> Path:
     keys = {m: trials.trial_key(p.changed(hyperparameters={}), p.search.tasks, m, p.seeds[0]) for m in p.methods}
     kept = load_metrics(target)[0]["methods"] if target.exists() else {}
     methods = {m: tried for m, tried in kept.items() if tried["key"] == keys.get(m)}
-    with ProcessPoolExecutor(cores) as pool:
+    with ProcessPoolExecutor(cores, initializer=gc.freeze) as pool:  # see semalign.report.opened
         waiting = [m for m in tuning.tuned_methods(p.methods) if m not in methods]
         running = {pool.submit(tuning.tune, p, m, folder, tuning.DRAWS): m for m in waiting}
         for tried in as_completed(running):
