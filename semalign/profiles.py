@@ -172,10 +172,15 @@ class Regimes(_Strict):
 
 
 class Search(_Strict):
-    """How many configurations of each family are tried, and on which tasks (by default the profile's first)."""
+    """How many configurations of each family are tried, and on which tasks (by default the profile's first).
+
+    ``whole_layers`` says whether all layers of the student may be trained whole at once, in float32, for which a large
+    model needs more than one card: in the search, and as the ceiling of the larger gaps. Otherwise adapters are.
+    """
 
     draws: int = Field(8, ge=1, le=48)
     tasks: list[str] = []
+    whole_layers: bool = True
 
 
 class TrialSettings(_Strict):

@@ -187,8 +187,10 @@ class Held:
     methods: tuple[str, ...] = ()
     teachers: int = 0
     students: int = 0
-    full: bool = False  # whole layers may train, in every layer
-    taught: bool = False  # the teacher is trained itself, by adapters on all its layers
+    full: bool = False  # all layers may train whole, where the profile's search has it
+    taught: bool = (
+        False  # the teacher is trained itself, by adapters on all its layers, in micro-batches of half the size
+    )
 
 
 CHAPTERS: dict[str, Held] = {
@@ -283,10 +285,11 @@ def chapter_memory(p: Profile, name: str) -> Need:
     if name == "02_importance":
         logits = p.sizes.extract * longest * t.vocabulary * (size + 8)  # of all examples, where a layer is skipped
         gpu, step = beside + max(attribution(t, longest, size), logits) + SPARE, "attribution"
-    if held.full:
+    if held.full and p.search.whole_layers:
         gpu, step = max((gpu, step), (_trained(s, p, full=True), "whole layers in training"))
     if held.taught:
-        gpu, step = max((gpu, step), (_trained(t, p), "the teacher in training"))
+        halved = p.changed(eval_batch_size=max(1, p.eval_batch_size // 2))
+        gpu, step = max((gpu, step), (_trained(t, halved), "the teacher in training"))
     return Need(gpu, max(need.host for need in needs), step)
 
 
@@ -432,9 +435,9 @@ def _remedy(p: Profile, name: str, what: str, card: int) -> str:
         return (method_memory(changed, name) if what == "method" else chapter_memory(changed, name)).gpu
 
     settings: list[tuple[str, Any]] = [("eval_batch_size", b) for b in (16, 8, 4, 2, 1) if b < p.eval_batch_size]
-    for key, value in [*settings, ("dtype", "bfloat16")]:
+    for key, value in [*settings, ("search", {"whole_layers": False}), ("dtype", "bfloat16")]:
         if needed(p.changed(**{key: value})) <= card * 1e9:
-            return f"set {key}: {value}"
+            return "set search: {whole_layers: false}" if key == "search" else f"set {key}: {value}"
     larger = next((c for c in CARDS if c > card and needed(p) <= c * 1e9), None)
     if larger:
         return f"take a card of {larger} GB"

@@ -30,7 +30,7 @@ WAYS = {
 """What is compared: the second and the third have the labels too, and all train adapters on all layers."""
 WHOLE = "labels, whole layers"
 CEILINGS = {"labels": WAYS["labels"], WHOLE: Way("sft", {"trained": "layer"}, "sft")}
-"""The better of the two, by the answer tokens predicted right, is a student's ceiling."""
+"""The better of the two, by the answer tokens predicted right, is a student's ceiling; see :func:`ceilings`."""
 AXES = ("width", "depth", "loss")
 """What a gap is measured in."""
 
@@ -58,6 +58,11 @@ def rungs(p: Profile) -> list[Rung]:
             sibling = Pico(source="pico", id=saturated)
             found.append(Rung("teacher → smaller, saturated", (p.teacher,), (sibling,)))
     return found
+
+
+def ceilings(p: Profile) -> list[str]:
+    """Those of ``CEILINGS`` that a profile has room for: whole layers only where its ``search`` trains them too."""
+    return [way for way in CEILINGS if way != WHOLE or p.search.whole_layers]
 
 
 def called(source: Source) -> str:

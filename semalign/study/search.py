@@ -59,8 +59,11 @@ SPACES: dict[str, dict[str, tuple[Changes, ...]]] = {
 """By family and ingredient, the settings that one is drawn from."""
 
 
-def draws(family: str, n: int, seed: int = 0) -> list[dict[str, Changes]]:
+def draws(family: str, n: int, seed: int = 0, *, whole_layers: bool = True) -> list[dict[str, Changes]]:
     """``n`` different configurations of a family, an entry an ingredient; the first m of n are the m of ``draws(m)``.
+
+    Args:
+        whole_layers: as a profile's ``search`` has it; False leaves out what trains all layers whole.
 
     Raises:
         ValueError: an unknown family, or one that has fewer than ``n`` configurations.
@@ -73,20 +76,23 @@ def draws(family: str, n: int, seed: int = 0) -> list[dict[str, Changes]]:
         if len(found) == n:
             return found
         one = {ingredient: chosen.choice(settings) for ingredient, settings in space.items()}
-        if possible(one) and one not in found:
+        if possible(one, whole_layers=whole_layers) and one not in found:
             found.append(one)
     raise ValueError(f"the family {family!r} has fewer than {n} configurations: ask for less")
 
 
-def size(family: str) -> int:
+def size(family: str, *, whole_layers: bool = True) -> int:
     """How many different configurations a family has."""
     space = SPACES[family]
-    return sum(possible(dict(zip(space, settings, strict=True))) for settings in itertools.product(*space.values()))
+    every = (dict(zip(space, settings, strict=True)) for settings in itertools.product(*space.values()))
+    return sum(possible(one, whole_layers=whole_layers) for one in every)
 
 
-def possible(one: Mapping[str, Changes]) -> bool:
+def possible(one: Mapping[str, Changes], *, whole_layers: bool = True) -> bool:
     """Whether the ingredients go together: PiSSA starts adapters; ``fisher`` reads logits from the student's width."""
     changes = config(one)
+    if not whole_layers and (changes.get("trained"), changes.get("layers")) == ("layer", "all"):
+        return False
     learned = changes.get("projection") is not None
     adapters = changes.get("adapters") is None or changes.get("trained") != "layer"
     return adapters and not (learned and changes.get("layer_loss") == "fisher")

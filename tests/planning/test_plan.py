@@ -142,6 +142,20 @@ def test_a_mend_mends() -> None:
     assert planning.method_memory(p.changed(eval_batch_size=batch), "sft").gpu <= 40e9
 
 
+@pytest.mark.parametrize("name", ["llama2", "codellama", "wizardcoder"])
+def test_the_papers_profiles_fit_one_card(name: str) -> None:
+    """80 GB hold every chapter, 40 GB the paper's method and its controls."""
+    p = load_profile(name)
+    found = planning.plan(p, chapters_of(p))
+    assert max(need.gpu for need in [*found.chapters.values(), *found.methods.values()]) <= 80e9
+    controls = [m for m in ("none", "semalign", "sft_layer", "random_target", "scrambled_tokens") if m in p.methods]
+    assert len(controls) >= 4 and max(found.methods[m].gpu for m in controls) <= 40e9
+    larger = planning.plan(p.changed(search={"whole_layers": True}), ["14_search"])
+    assert "14_search does not fit 80 GB (whole layers in training): set search: {whole_layers: false}" in str(
+        larger.mends
+    )
+
+
 def test_every_method_and_every_chapter_that_loads_models_is_planned() -> None:
     assert set(planning.WAYS) == set(REGISTRY)
     assert set(planning.CHAPTERS) <= set(ORDER)

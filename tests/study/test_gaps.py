@@ -72,6 +72,11 @@ def test_the_ladder_is_what_a_profile_names() -> None:
     assert gaps.called(load_profile("llama2").teacher) == "meta-llama--Llama-2-13b-chat-hf"
 
 
+def test_whole_layers_are_a_ceiling_where_a_profile_has_room_for_them() -> None:
+    assert gaps.ceilings(load_profile("classroom")) == ["labels", gaps.WHOLE]
+    assert gaps.ceilings(load_profile("llama2")) == ["labels"]
+
+
 def test_what_asks_no_teacher_is_one_training_on_every_rung(tmp_path: Path) -> None:
     p = load_profile("smoke", sizes={"test": 6, "validation": 3}, max_new_tokens=2)
     rungs = {rung.name: rung for rung in gaps.rungs(p)}

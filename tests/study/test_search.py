@@ -53,6 +53,18 @@ def test_what_does_not_go_together_is_not_drawn() -> None:
     assert not any(c.get("adapters") and c.get("trained") == "layer" for c in labels)
 
 
+def test_where_one_card_is_too_small_no_draw_trains_all_layers_whole() -> None:
+    def whole(of: list[dict[str, search.Changes]]) -> list[bool]:
+        settings = [search.config(one) for one in of]
+        return [c["layers"] == "all" and c.get("trained") == "layer" for c in settings]
+
+    assert any(whole(search.draws("states", 40)))
+    assert not any(whole(search.draws("states", 40, whole_layers=False)))
+    # one in three trains whole layers, and in two of three settings of the layers all of them
+    assert search.size("states", whole_layers=False) == search.size("states") * 7 // 9
+    assert search.size("labels", whole_layers=False) == 36 and search.size("logits", whole_layers=False) == 80
+
+
 def test_more_than_there_are_and_unknown_families_are_refused() -> None:
     with pytest.raises(ValueError, match="fewer than 1000 configurations"):
         search.draws("labels", 1000)
