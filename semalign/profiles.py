@@ -219,6 +219,7 @@ class Profile(TrialSettings):
     tasks: list[str] = Field(["mmlu", "gsm8k", "humaneval", "mbpp"], min_length=1)  # the first is worked through
     seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1)
     decisive_seeds: list[Annotated[int, Field(ge=0)]] = []  # of the comparison over students; empty: as the others
+    siblings_learn: Literal["all", "decisive"] = "all"  # every method, or those of the comparison over students alone
     fine_tuned_teachers: dict[str, Source] = {}  # of table 2, by name; each has the teacher's vocabulary
     methods: list[str] = Field(["none", "sft", "semalign"], min_length=1)  # rows of table 1
     hyperparameters: dict[str, dict[str, Any]] = {}  # a method's own; what differs by task, ``by_task``
