@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from semalign.profiles import load_profile
+from semalign.profiles import Profile, load_profile
 from semalign.study import tables, trials
 
 TASK, OTHER = "mmlu", "gsm8k"
@@ -51,6 +51,32 @@ def test_gains_are_against_those_controls_that_were_run() -> None:
     assert tables.gains(RUNS, TASK, "loss")["none"].loc["semalign", "mean"] == 0.25  # a lower loss is a gain
     same = {**RUNS, "sft_layer": RUNS["sft"]}
     assert tables.gains(same, TASK, "answers")["sft_layer"].loc["sft", "mean"] == 0
+
+
+def test_every_student_is_asked_under_its_own_name_and_the_first_one_under_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+
+    def made(p: Profile, task: str, method: str, seed: int, folder: str, *, others: int, variant: str) -> Any:
+        asked.append((method, seed, variant, getattr(p.student, "id", "")))
+        return trial("1000" if method == "none" else "1110" if variant else "1100")
+
+    monkeypatch.setattr(tables.trials, "run_trial", made)
+    p = load_profile("classroom-full", seeds=[0, 1])
+    right = tables.over_students(p, TASK, ["none", "sft"], "folder", [3, 4])
+    assert {m: tuple(r.shape) for m, r in right.items()} == {"none": (3, 1, 4), "sft": (3, 2, 4)}
+    assert right["sft"].mean(-1).tolist() == [[0.5, 0.5], [0.75, 0.75], [0.75, 0.75]]
+    assert asked[:3] == [
+        ("none", 3, "", "pico-s"), ("none", 3, "sibling1", "pico-s-1"), ("none", 3, "sibling2", "pico-s-2")
+    ]  # fmt: skip
+    assert asked[3:5] == [("sft", 3, "", "pico-s"), ("sft", 4, "", "pico-s")]
+    # Without its siblings a profile has the first student's trials, and no others: their keys are the same.
+    alone = p.changed(siblings=[], kin_teachers=p.kin_teachers[:1])
+    del asked[:]
+    assert tables.over_students(alone, TASK, ["sft"], "folder")["sft"].shape == (1, 2, 4)
+    assert asked == [("sft", 0, "", "pico-s"), ("sft", 1, "", "pico-s")]
+    assert trials.trial_key(alone, [TASK], "sft", 0) == trials.trial_key(p, [TASK], "sft", 0)
 
 
 def test_questions_are_told_apart_by_what_they_say_and_only_by_that() -> None:
