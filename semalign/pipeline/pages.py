@@ -145,9 +145,9 @@ def two_runs(name: str, p: Profile, kept: Numbers, run: Numbers) -> str:
     tabs = []
     for label, table in (("The full run", full), (f"This run ({p.name})", own)):
         lines = [f"| {row} | {' | '.join(f'{100 * table[row][n]:+.1f}' for n in range(3))} |" for row in both]
-        head = f"| {rows} | points | from | to |\n|---|--:|--:|--:|"
+        head = f"| {rows} | points | 95 % from | to |\n|---|--:|--:|--:|"
         more = len(table) - len(both)
-        note = f"\n\nIt has {more} more, which the other run has not." if more else ""
+        note = f"\n\nNot shown: {more} of its rows that the other run has not." if more else ""
         tabs.append(f":::{{tab-item}} {label}\n{head}\n" + "\n".join(lines) + f"{note}\n:::")
     return "::::{tab-set}\n\n" + "\n\n".join(tabs) + "\n\n::::"
 
