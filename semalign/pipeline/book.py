@@ -82,7 +82,7 @@ def stage_book(p: Profile, results: Path) -> Path:
         notebook = nbformat.read(results / "notebooks" / f"{name}.ipynb", as_version=4)
         for cell in notebook.cells:
             if cell.cell_type == "code":
-                cell.metadata.tags = [*cell.metadata.get("tags", []), *_shown(cell)]
+                cell.metadata.tags = list(dict.fromkeys([*cell.metadata.get("tags", []), *_shown(cell)]))
                 for data in (output["data"] for output in cell.outputs if "text/html" in output.get("data", {})):
                     data["text/html"] = pages.readable_tables(data["text/html"])
             elif out:
