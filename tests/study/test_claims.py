@@ -174,20 +174,8 @@ def test_the_books_claims_name_chapters_figures_and_published_numbers() -> None:
 def test_every_number_that_a_claim_names_is_in_the_full_run() -> None:
     """A path that no chapter writes would read as not testable for ever."""
     claims = [c for c in load_claims(BOOK / "claims.yaml") if not c.reason]
-    # chapters that the kept run was made without
-    older = {
-        "12b_students",
-        "13b_regimes",
-        "16_below_the_layer",
-        "17_causal",
-        "18_pairing_from_outputs",
-        "19_larger_gaps",
-        "20_version_two",
-        "21_second_family",
-        "22_two_vocabularies",
-    }
     kept = {p.stem: yaml.safe_load(p.read_text())["metrics"] for p in (BOOK / "full_run").glob("*.json")}
-    missing = [c.claim for c in claims if ours(c, kept) is None and not older - set(kept) & {c.chapter}]
+    missing = [c.claim for c in claims if ours(c, kept) is None]
     assert not missing
     verdicts = judge(claims, [ours(c, kept) for c in claims], gates.of_run(kept))
     assert {v.word for v in verdicts} <= {*VERDICTS, DESCRIBED}
@@ -251,28 +239,7 @@ def test_the_chances_of_a_line_are_those_of_a_simulation() -> None:
         common_share({"a": 1, "b": 2}, {"a": 3, "b": 2}, {"a": 1, "b": 2}, {"a": 9, "b": 9})
 
 
-def test_the_front_page_says_what_the_full_run_says() -> None:
-    """Every sentence of "What we found, in short" that a number could refute: a new run may ask for new sentences."""
-    kept = {p.stem: json.loads(p.read_text())["metrics"] for p in (BOOK / "full_run").glob("*.json")}
-    chapters = [kept[name] for name in ("05_mmlu", "06_gsm8k", "07_humaneval", "08_mbpp")]
-    cosines = kept["01_semantics"]["cosine_over_layers"]
-    assert cosines["random"]["min"] > cosines["output side"]["max"]
-
-    curve = dict(zip(kept["11_ablations"]["counts"], kept["11_ablations"]["curve"]["semalign"], strict=True))
-    assert curve[500] < curve[250] and "04b_gates" not in kept
-    assert all(abs(c["finer"]["none"]["semalign"]["mean"]) < 0.01 for c in chapters)
-
-    assert all(c["finer"]["none"]["sft"]["low"] > 0 for c in chapters)
-    assert all(c["closeness"]["logit_kd"]["kl"] < c["closeness"]["none"]["kl"] for c in chapters)
-    for method in ("sft", "logit_kd", "semalign"):
-        assert all(c["gains"]["none"][method]["low"] <= 0 for c in chapters)
-
-    search = kept["14_search"]
-    assert (
-        search["draws"] == 14
-        and search["wins"] == []
-        and search["leads_over_tasks"]["states, no layer term"]["low"] < 0
-    )
-    planted = kept["12_controls"]["planted"]
-    assert planted["residual, logit map"] < planted["before"] / 5 and planted["the paper's"] > planted["before"]
-    assert planted["KL alone"] < planted["before"] / 5
+def test_the_readmes_figure_says_what_the_full_run_says() -> None:
+    """Random bases recompose a state better than the paper's; all else that the front pages say is computed."""
+    kept = json.loads((BOOK / "full_run" / "01_semantics.json").read_text())["metrics"]["cosine_over_layers"]
+    assert kept["random"]["min"] > kept["output side"]["max"]
