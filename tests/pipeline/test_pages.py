@@ -7,7 +7,6 @@ import importlib
 import io
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
@@ -44,11 +43,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def stage(results: Path) -> Iterator[Path]:
+def stage(results: Path) -> Path:
     """The staged book of a run beside which no other is kept."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pages, "kept_run", lambda: ({}, ""))
-        yield book.stage_book(load_profile("classroom"), results)
+        return book.stage_book(load_profile("classroom"), results)
 
 
 def test_data_are_named_in_one_place_and_every_benchmark_is() -> None:
