@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from semalign.lm.files import alive, locked, read_json
 from semalign.pipeline.notebooks import KEPT_ELSEWHERE, ORDER, ROOT, chapters_of, run_digest, stamp
 from semalign.planning.preflight import CHECKED, asks_more, before_models, checked, disks, preflight, tokens
@@ -60,6 +62,9 @@ def watch_owners() -> None:
     def loop() -> None:
         while True:
             if not all(map(alive, pids)):
+                for one in psutil.Process().children(recursive=True):
+                    with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+                        one.kill()  # a kernel that still loads would not yet look for its parent
                 os._exit(1)
             time.sleep(0.5)
 
