@@ -188,9 +188,7 @@ class Held:
     teachers: int = 0
     students: int = 0
     full: bool = False  # all layers may train whole, where the profile's search has it
-    taught: bool = (
-        False  # the teacher is trained itself, by adapters on all its layers, in micro-batches of half the size
-    )
+    taught: bool = False  # the teacher is trained itself: adapters on all its layers, halved micro-batches
 
 
 CHAPTERS: dict[str, Held] = {
@@ -434,10 +432,13 @@ def _remedy(p: Profile, name: str, what: str, card: int) -> str:
     def needed(changed: Profile) -> float:
         return (method_memory(changed, name) if what == "method" else chapter_memory(changed, name)).gpu
 
-    settings: list[tuple[str, Any]] = [("eval_batch_size", b) for b in (16, 8, 4, 2, 1) if b < p.eval_batch_size]
-    for key, value in [*settings, ("search", {"whole_layers": False}), ("dtype", "bfloat16")]:
-        if needed(p.changed(**{key: value})) <= card * 1e9:
-            return "set search: {whole_layers: false}" if key == "search" else f"set {key}: {value}"
+    smaller = [b for b in (16, 8, 4, 2, 1) if b < p.eval_batch_size]
+    settings: dict[str, dict[str, Any]] = {f"eval_batch_size: {b}": {"eval_batch_size": b} for b in smaller}
+    settings["search: {whole_layers: false}"] = {"search": {"whole_layers": False}}
+    settings["dtype: bfloat16"] = {"dtype": "bfloat16"}
+    for setting, changes in settings.items():
+        if needed(p.changed(**changes)) <= card * 1e9:
+            return f"set {setting}"
     larger = next((c for c in CARDS if c > card and needed(p) <= c * 1e9), None)
     if larger:
         return f"take a card of {larger} GB"
