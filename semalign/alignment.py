@@ -12,8 +12,8 @@ import math
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -51,15 +51,9 @@ def transfer(pair: Pair, data: TaskData, config: TransferConfig | None = None) -
         DivergedError: a loss that is not finite, or above 10 times the first epoch's median.
     """
     config = config or TransferConfig()
-    if not data.train:
-        raise ValueError(f"task {data.name} has no training examples: give it at least one")
     start = time.perf_counter()
-    with ExitStack() as stack:
-        scratch = Path(config.folder) if config.folder else Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        scratch.mkdir(parents=True, exist_ok=True)
-        given, watched = (
-            encode(pair.tokenizer, s, max_length=config.max_length) for s in (data.train, data.validation)
-        )
+    with workplace(config) as scratch:
+        given, watched = examples_of(pair, data, config)
         encoded = given + watched
         layers, supervision, vocabulary = supervise(pair, data, encoded, config, scratch)
         student = pair.load_student().eval()
@@ -69,6 +63,30 @@ def transfer(pair: Pair, data: TaskData, config: TransferConfig | None = None) -
         result = fit(student, encoded, len(given), config, layers, supervision, terms, scratch)
     result.cost["wall_s"] = time.perf_counter() - start
     return result
+
+
+@contextmanager
+def workplace(config: TransferConfig) -> Iterator[Path]:
+    """The folder of a training's checkpoints and supervision: ``config.folder``, or one that is gone at the end."""
+    if config.folder:
+        folder = Path(config.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as own:
+        yield Path(own)
+
+
+def examples_of(pair: Pair, data: TaskData, config: TransferConfig) -> tuple[list[Encoded], list[Encoded]]:
+    """The training examples of a task and those that are watched, as the student reads them.
+
+    Raises:
+        ValueError: there is no training example.
+    """
+    if not data.train:
+        raise ValueError(f"task {data.name} has no training examples: give it at least one")
+    train, watched = (encode(pair.tokenizer, s, max_length=config.max_length) for s in (data.train, data.validation))
+    return train, watched
 
 
 def fit(
@@ -111,12 +129,7 @@ def supervise(
     pair: Pair, data: TaskData, encoded: list[Encoded], config: TransferConfig, scratch: Path
 ) -> tuple[tuple[int, ...], SupervisionCache, int]:
     """The student layers to train, the teacher's targets for them, and the size of the shared vocabulary."""
-    student = pair.load_student().eval()
-    if config.layer_weight and config.interface in SUBLAYERS:
-        check_sublayers(student)
-    n_student, head, gain = len(decoder_layers(student)), head_weight(student).clone(), norm_gain(student).clone()
-    del student
-    gc.collect()
+    n_student, head, gain = read_off(pair, config)
     layers = _named(config, n_student)
     folder, divergence = config.cache_folder or scratch / "supervision", config.output_loss in DIVERGENCES
     if layers is not None and not config.layer_weight and not divergence:  # the labels alone: no teacher is needed
@@ -124,10 +137,7 @@ def supervise(
     teacher = pair.load_teacher()
     layers, sources = choose_layers(pair, teacher, data, n_student, config)
     vocabulary = min(len(head), len(head_weight(teacher)))
-    matrix = config.map if isinstance(config.map, Tensor) else None
-    if isinstance(config.map, str):
-        gains: dict[str, Any] = {"teacher_gain": norm_gain(teacher), "student_gain": gain} if config.fold_gain else {}
-        matrix = semantic_map(head_weight(teacher), head, kind=config.map, ridge=config.ridge, **gains)
+    matrix = map_of(config, teacher, head, gain)
     _check_widths(config, matrix, head.shape[1], head_weight(teacher).shape[1])
     supervision = SupervisionCache.build(
         folder,
@@ -143,6 +153,44 @@ def supervise(
     del teacher
     gc.collect()
     return layers, supervision, vocabulary
+
+
+def read_off(pair: Pair, config: TransferConfig) -> tuple[int, Tensor, Tensor]:
+    """Of the student, which is loaded and freed: its depth L_S, its head (m, D_S), its final norm's gain (D_S,).
+
+    Raises:
+        ValueError: the configuration takes states at an interface that its layers do not have.
+    """
+    student = pair.load_student().eval()
+    if config.layer_weight and config.interface in SUBLAYERS:
+        check_sublayers(student)
+    found = len(decoder_layers(student)), head_weight(student).clone(), norm_gain(student).clone()
+    del student
+    gc.collect()
+    return found
+
+
+def map_of(
+    config: TransferConfig, teacher: Model, head: Tensor, gain: Tensor, make: Callable[..., Tensor] = semantic_map
+) -> Tensor | None:
+    """M (D_S, D_T) of a teacher and a student's ``head`` and ``gain``: made by its kind, as given, or None for none."""
+    if not isinstance(config.map, str):
+        return config.map
+    gains: dict[str, Any] = {"teacher_gain": norm_gain(teacher), "student_gain": gain} if config.fold_gain else {}
+    return make(head_weight(teacher), head, kind=config.map, ridge=config.ridge, **gains)
+
+
+def check_map(shape: tuple[int, ...], needed: tuple[int, int]) -> None:
+    """Refuse a map of another shape than (D_S, D_T).
+
+    Raises:
+        ValueError: with both shapes.
+    """
+    if shape != needed:
+        raise ValueError(
+            f"map gives a matrix of shape {shape}, and this pair needs (D_S, D_T) = {needed}: name a kind of map, or "
+            "give a matrix of that shape"
+        )
 
 
 def _kept_tokens(config: TransferConfig, vocabulary: int, encoded: list[Encoded]) -> int:
@@ -179,11 +227,21 @@ def _check_widths(config: TransferConfig, matrix: Tensor | None, d_s: int, d_t: 
         raise ValueError(
             f"projection is {tuple(projection.shape)}, and this pair needs {(compared, d_s)}: give one of that shape"
         )
-    if given != (compared, d_t) and (matrix is not None or config.layer_loss != "relational"):
-        raise ValueError(
-            f"map gives a matrix of shape {given}, and this pair needs (D_S, D_T) = {(compared, d_t)}: name a kind of "
-            "map, or give a matrix of that shape"
-        )
+    if matrix is not None or config.layer_loss != "relational":
+        check_map(given, (compared, d_t))
+
+
+def attributed(pair: Pair, teacher: Model, data: TaskData, config: TransferConfig) -> Tensor:
+    """The score of every teacher layer (L_T,) over a task's extract examples, summed over their supervised positions.
+
+    They are read one by one: the tensors that are kept for a teacher's backward pass are the peak of a run.
+    """
+    scores = torch.zeros(len(decoder_layers(teacher)))
+    for example in encode(pair.tokenizer, data.extract or data.align or data.train, max_length=config.max_length):
+        batch = collate([example], 0, head_weight(teacher).device)
+        part = layer_attribution(teacher, batch, point=config.attribution_point, reduce=config.attribution_reduce)
+        scores += part.cpu() * int(supervised(batch["labels"]).sum())
+    return scores
 
 
 def choose_layers(
@@ -196,13 +254,7 @@ def choose_layers(
     """Student layers, shallow first, and the teacher source of each (section 4.1)."""
     n_teacher, layers = len(decoder_layers(teacher)), _named(config, n_student)
     if layers is None:
-        examples = encode(pair.tokenizer, data.extract or data.align or data.train, max_length=config.max_length)
-        scores = torch.zeros(n_teacher)
-        for example in examples:  # one by one: the tensors kept for a teacher's backward pass are the peak of a run
-            batch = collate([example], 0, head_weight(teacher).device)
-            point, reduce = config.attribution_point, config.attribution_reduce
-            part = layer_attribution(teacher, batch, point=point, reduce=reduce).cpu()
-            scores += part * int(supervised(batch["labels"]).sum())
+        scores = attributed(pair, teacher, data, config)
         layers = (critical_pair(int(scores.argmax()) + 1, n_teacher, n_student)[1],)
     ordered = _checked(layers, n_student)
     given = dict(zip(layers, config.teacher_layers or (), strict=False))

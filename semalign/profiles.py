@@ -193,7 +193,7 @@ class TrialSettings(_Strict):
     sizes: Sizes = Sizes()
     max_length: int = Field(256, ge=8)  # tokens of a prompt with its response
     batch_size: int = Field(16, ge=1)  # examples of one optimizer step
-    eval_batch_size: int = Field(8, ge=1)  # examples in memory at once
+    eval_batch_size: int = Field(8, ge=1)  # examples in memory at once, where they are trained on or read
     device: str = Field("auto", pattern="^(auto|cpu|cuda(:[0-9]+)?)$")
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     layer: int | None = Field(None, ge=1)  # critical teacher layer; None takes the attributed one
@@ -227,6 +227,7 @@ class Profile(TrialSettings):
     search: Search = Search()
     regimes: Regimes = Regimes()
     others: int = Field(0, ge=0)  # questions of each other task, for what was forgotten
+    answer_batch_size: int | None = Field(None, ge=1)  # questions answered at once; None: as eval_batch_size
     trial_jobs: bool = True  # method x task x seed as jobs side by side, or inside the chapters
 
     @pydantic.field_validator("tasks", "seeds", "decisive_seeds", "methods")
@@ -268,6 +269,11 @@ class Profile(TrialSettings):
     def students(self) -> list[Source]:
         """The student and its siblings."""
         return [self.student, *self.siblings]
+
+    @property
+    def answered_at_once(self) -> int:
+        """How many questions are answered at once."""
+        return self.answer_batch_size or self.eval_batch_size
 
     @property
     def code_tasks(self) -> list[str]:

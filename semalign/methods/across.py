@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gc
-import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,8 @@ from torch.nn import functional as F
 
 from semalign import alignment
 from semalign.lm.examples import Encoded, TaskData, collate, encode, fitting, supervised
-from semalign.lm.hooks import SUBLAYERS, capture, check_sublayers
-from semalign.lm.parts import decoder_layers, head_weight, norm_gain
+from semalign.lm.hooks import capture
+from semalign.lm.parts import head_weight
 from semalign.lm.positions import matched, only
 from semalign.methods.registry import Method
 from semalign.models import Pair
@@ -50,9 +48,7 @@ def transfer(pair: Pair, data: TaskData, config: TransferConfig | None = None) -
     if not data.train:
         raise ValueError(f"task {data.name} has no training examples: give it at least one")
     start, tokenizers = time.perf_counter(), (pair.teacher_tokenizer, pair.tokenizer)
-    with ExitStack() as stack:
-        scratch = Path(config.folder) if config.folder else Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        scratch.mkdir(parents=True, exist_ok=True)
+    with alignment.workplace(config) as scratch:
         given, watched = data.train, data.validation
         for tokenizer in tokenizers:  # what is too long for either is left out
             given, watched = (
@@ -111,27 +107,20 @@ def _supervise(
     pair: Pair, data: TaskData, positions: list[Encoded], config: TransferConfig, scratch: Path
 ) -> tuple[tuple[int, ...], SupervisionCache]:
     """The student layers to train, and the teacher's targets for them at ``positions``, its own supervised ones."""
-    assert pair.teacher_tokenizer is not None
-    student = pair.load_student().eval()
-    if config.interface in SUBLAYERS:
-        check_sublayers(student)
-    n_student, head, gain = len(decoder_layers(student)), head_weight(student).clone(), norm_gain(student).clone()
-    del student
-    gc.collect()
+    tokenizer = pair.teacher_tokenizer
+    assert tokenizer is not None
+    n_student, head, gain = alignment.read_off(pair, config)
     teacher = pair.load_teacher()
-    read_by_teacher = replace(pair, tokenizer=pair.teacher_tokenizer)
+    read_by_teacher = replace(pair, tokenizer=tokenizer)
     layers, sources = alignment.choose_layers(read_by_teacher, teacher, data, n_student, config)
-    matrix = config.map if isinstance(config.map, Tensor) else None
-    if isinstance(config.map, str):
-        shared = shared_tokens(pair.teacher_tokenizer, pair.tokenizer, len(head_weight(teacher)), len(head))
-        gains: dict[str, Any] = {"teacher_gain": norm_gain(teacher), "student_gain": gain} if config.fold_gain else {}
-        matrix = shared_map(shared, head_weight(teacher), head, kind=config.map, ridge=config.ridge, **gains)
-    needed = (head.shape[1], head_weight(teacher).shape[1])
-    if (given := (needed[1], needed[1]) if matrix is None else tuple(matrix.shape)) != needed:
-        raise ValueError(
-            f"map gives a matrix of shape {given}, and this pair needs (D_S, D_T) = {needed}: name a kind of map, or "
-            "give a matrix of that shape"
-        )
+
+    def made(theirs: Tensor, ours: Tensor, **options: Any) -> Tensor:
+        shared = shared_tokens(tokenizer, pair.tokenizer, len(theirs), len(ours))
+        return shared_map(shared, theirs, ours, **options)
+
+    matrix = alignment.map_of(config, teacher, head, gain, made)
+    width = head_weight(teacher).shape[1]
+    alignment.check_map((width, width) if matrix is None else tuple(matrix.shape), (head.shape[1], width))
     folder = config.cache_folder or scratch / "supervision"
     supervision = SupervisionCache.build(folder, teacher, positions, sources, matrix=matrix, dtype=config.target_dtype)
     del teacher

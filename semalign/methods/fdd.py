@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
-import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from semalign import alignment
-from semalign.lm.examples import TaskData, collate, encode, supervised
+from semalign.lm.examples import TaskData, collate, supervised
 from semalign.lm.hooks import capture, head_logits
 from semalign.lm.parts import Model, decoder, decoder_layers, final_norm, head_weight
 from semalign.methods.registry import Method
@@ -60,19 +57,12 @@ def transfer(
         config or TransferConfig(), layers="all", teacher_layers=None, interface="stream", schedule="joint",
         projection=None, layer_weight=1.0, output_loss="kl", output_weight=0.5, label_weight=0.5,
     )  # fmt: skip
-    with ExitStack() as stack:
-        scratch = Path(config.folder) if config.folder else Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        scratch.mkdir(parents=True, exist_ok=True)
-        given, watched = (
-            encode(pair.tokenizer, s, max_length=config.max_length) for s in (data.train, data.validation)
-        )
+    with alignment.workplace(config) as scratch:
+        given, watched = alignment.examples_of(pair, data, config)
         encoded = given + watched
-        student = pair.load_student()
-        n_student, vocabulary = len(decoder_layers(student)), len(head_weight(student))
-        del student
-        gc.collect()
+        n_student, head, _ = alignment.read_off(pair, config)
         teacher = pair.load_teacher().eval()
-        vocabulary, n_teacher = min(vocabulary, len(head_weight(teacher))), len(decoder_layers(teacher))
+        vocabulary, n_teacher = min(len(head), len(head_weight(teacher))), len(decoder_layers(teacher))
         paired = evenly(n_teacher, n_student, paired_layers)
         supervision = SupervisionCache.build(
             config.cache_folder or scratch / "supervision",

@@ -9,12 +9,9 @@ and its weight are the configuration's.
 from __future__ import annotations
 
 import gc
-import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -37,10 +34,9 @@ from semalign.contributions import (
 )
 from semalign.lm.examples import Encoded, TaskData, by_length, collate, encode, supervised
 from semalign.lm.hooks import check_sublayers, skip_layers
-from semalign.lm.parts import Model, decoder, decoder_layers, fingerprint, head_weight, norm_gain
+from semalign.lm.parts import Model, decoder, decoder_layers, fingerprint, head_weight
 from semalign.methods.registry import Method
 from semalign.models import Pair
-from semalign.semantics import semantic_map
 from semalign.supervision import SupervisionCache
 from semalign.training.config import TransferConfig, TransferResult
 from semalign.training.loop import Stage
@@ -150,18 +146,11 @@ def _align(
         config or TransferConfig(), interface=point, interpolate=False, layer_loss="cosine", targets="teacher",
         projection=None,
     )  # fmt: skip
-    with ExitStack() as stack:
-        scratch = Path(config.folder) if config.folder else Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        scratch.mkdir(parents=True, exist_ok=True)
-        given, watched, seeds = (
-            encode(pair.tokenizer, s, max_length=config.max_length)
-            for s in (data.train, data.validation, data.extract or data.align or data.train)
-        )
+    with alignment.workplace(config) as scratch:
+        given, watched = alignment.examples_of(pair, data, config)
+        seeds = encode(pair.tokenizer, data.extract or data.align or data.train, max_length=config.max_length)
         encoded = given + watched
-        student = pair.load_student().eval()
-        n_student, head, gain = len(decoder_layers(student)), head_weight(student).clone(), norm_gain(student).clone()
-        del student
-        gc.collect()
+        n_student, head, gain = alignment.read_off(pair, replace(config, layer_weight=0.0))
         teacher = pair.load_teacher().eval()
         (k,), (source, *_) = alignment.choose_layers(pair, teacher, data, n_student, _of_one_layer(config))
         reduce = config.attribution_reduce
@@ -230,19 +219,9 @@ def _of_one_layer(config: TransferConfig) -> TransferConfig:
 def _matrix(config: TransferConfig, teacher: Model, head: Tensor, gain: Tensor) -> Tensor:
     """M (D_S, D_T) on the CPU: a kind of map, the matrix that was given, or the identity."""
     width = head_weight(teacher).shape[1]
-    if isinstance(config.map, str):
-        of_teacher, of_student = (norm_gain(teacher), gain) if config.fold_gain else (None, None)
-        found = semantic_map(
-            head_weight(teacher), head, kind=config.map, ridge=config.ridge,
-            teacher_gain=of_teacher, student_gain=of_student,
-        )  # fmt: skip
-        return found.float().cpu()
-    matrix = torch.eye(width) if config.map is None else config.map.float().cpu()
-    if matrix.shape != (head.shape[1], width):
-        raise ValueError(
-            f"map gives a matrix of shape {tuple(matrix.shape)}, and this pair needs (D_S, D_T) = "
-            f"{(head.shape[1], width)}: name a kind of map, or give a matrix of that shape"
-        )
+    found = alignment.map_of(config, teacher, head, gain)
+    matrix = torch.eye(width) if found is None else found.float().cpu()
+    alignment.check_map(tuple(matrix.shape), (head.shape[1], width))
     return matrix
 
 

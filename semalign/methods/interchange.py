@@ -9,13 +9,11 @@ sees of a state (section 3); the length stays the model's own.
 from __future__ import annotations
 
 import gc
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from semalign import alignment
-from semalign.lm.examples import IGNORED, Encoded, TaskData, by_length, collate, encode, supervised
+from semalign.lm.examples import IGNORED, Encoded, TaskData, by_length, collate, supervised
 from semalign.lm.hooks import capture, check_head, float_logits, skip_layers
 from semalign.lm.parts import Model, decoder, decoder_layers, final_norm, head_weight
 from semalign.methods.registry import Method
@@ -87,12 +85,8 @@ def transfer(
         return alignment.transfer(pair, data, config)
     if config.layers is not None and len(config.layers) != 1:
         raise ValueError(f"an interchange swaps states at one layer pair: choose one of layers={config.layers}")
-    with ExitStack() as stack:
-        scratch = Path(config.folder) if config.folder else Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        scratch.mkdir(parents=True, exist_ok=True)
-        given, watched = (
-            encode(pair.tokenizer, s, max_length=config.max_length) for s in (data.train, data.validation)
-        )
+    with alignment.workplace(config) as scratch:
+        given, watched = alignment.examples_of(pair, data, config)
         encoded = given + watched
         both = [*encoded, *map(question_of, encoded)]
         layers, supervision, vocabulary = alignment.supervise(pair, data, both, config, scratch)

@@ -6,7 +6,6 @@ import gc
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -115,12 +114,10 @@ def train_on_policy(
             adapters=_factors(pair.load_student(), learned, config) if learned else config.adapters,
             folder=Path(config.folder) / f"round_{number}" if config.folder else None,
         )  # fmt: skip
-        with ExitStack() as stack:
-            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))  # supervision that nobody meets again
-            folder = Path(one.folder) if one.folder else scratch
-            folder.mkdir(parents=True, exist_ok=True)
+        # Supervision of texts that nobody meets again does not stay.
+        with tempfile.TemporaryDirectory() as scratch, alignment.workplace(one) as folder:
             encoded = texts + watched
-            layers, supervision, vocabulary = alignment.supervise(moving, data, encoded, one, scratch)
+            layers, supervision, vocabulary = alignment.supervise(moving, data, encoded, one, Path(scratch))
             student = load()
             terms = alignment.objective_of(one, student, encoded, supervision, layers, vocabulary)
             result = alignment.fit(student, encoded, len(texts), one, layers, supervision, terms, folder)

@@ -8,21 +8,17 @@ alone, and KL to the teacher at the output in place of the paper's cosines. No n
 from __future__ import annotations
 
 import gc
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from semalign import alignment
-from semalign.attribution import layer_attribution
-from semalign.lm.examples import Encoded, TaskData, by_length, collate, encode, supervised
+from semalign.lm.examples import Encoded, TaskData, by_length, collate, supervised
 from semalign.lm.hooks import capture
 from semalign.lm.parts import Model, decoder, decoder_layers, final_norm, head_weight, norm_gain
 from semalign.methods.registry import Method
@@ -142,12 +138,8 @@ def transfer(
         layer_loss="relational" if term == "geometry" else "cosine", output_loss="kl", schedule=schedule,
         interpolate=False,
     )  # fmt: skip
-    with ExitStack() as stack:
-        scratch = Path(config.folder) if config.folder else Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        scratch.mkdir(parents=True, exist_ok=True)
-        given, watched = (
-            encode(pair.tokenizer, s, max_length=config.max_length) for s in (data.train, data.validation)
-        )
+    with alignment.workplace(config) as scratch:
+        given, watched = alignment.examples_of(pair, data, config)
         encoded, n_student = given + watched, len(decoder_layers(pair.load_student()))
         config = replace(config, layers=tuple(range(1, n_student + 1)))
         if config.teacher_layers is None:
@@ -194,12 +186,7 @@ def _layer_term(term: str, student: Model, own: Tensor, target: Tensor, counts: 
 def attributed(pair: Pair, data: TaskData, config: TransferConfig) -> Tensor:
     """The score of every teacher layer (L_T,), as :func:`semalign.alignment.choose_layers` finds the critical one."""
     teacher = pair.load_teacher().eval()
-    point, reduce = config.attribution_point, config.attribution_reduce
-    scores = torch.zeros(len(decoder_layers(teacher)))
-    for example in encode(pair.tokenizer, data.extract or data.align or data.train, max_length=config.max_length):
-        batch = collate([example], 0, head_weight(teacher).device)
-        part = layer_attribution(teacher, batch, point=point, reduce=reduce).cpu()
-        scores += part * int(supervised(batch["labels"]).sum())
+    scores = alignment.attributed(pair, teacher, data, config)
     del teacher
     gc.collect()
     return scores
@@ -212,10 +199,7 @@ def below(pair: Pair, encoded: Sequence[Encoded], sources: Sequence[int]) -> dic
     Layer k whose source is l, both above 1, receives the teacher's stream after layer l - 1 through the logit map with
     gains folded in: for each of ``encoded`` a tensor (T, D_S), on the CPU. Layer 1 receives the student's embeddings.
     """
-    student = pair.load_student()
-    head, gain = head_weight(student).clone(), norm_gain(student).clone()
-    del student
-    gc.collect()
+    _, head, gain = alignment.read_off(pair, TransferConfig(layer_weight=0.0))
     teacher = pair.load_teacher().eval()
     matrix = semantic_map(
         head_weight(teacher), head, kind="logit", teacher_gain=norm_gain(teacher), student_gain=gain

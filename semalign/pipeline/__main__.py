@@ -1,4 +1,4 @@
-"""The command line: ``run``, ``plan``, ``fetch``, ``tune``, ``keep``, ``pdf``, ``slides``, and the Snakefile's jobs."""
+"""The command line: ``run``, ``plan``, ``fetch``, ``tune``, ``keep``, ``verify``, ``pdf``, ``slides``, a run's jobs."""
 
 from __future__ import annotations
 
@@ -177,14 +177,13 @@ def keep(profile: str, *, trials_alone: bool = False) -> Path:
         RuntimeError: a notebook has no metrics yet; nothing is copied then.
     """
     from semalign.report import load_metrics, save_metrics
-    from semalign.study.kept import keep_items, pack_trials, version_of
+    from semalign.study.kept import keep_items, pack_run, version_of
 
     p = load_profile(profile)
     source, target = ROOT / "results" / p.name / "metrics", ROOT / "book" / "full_run"
-    archive = archive_of(p)
     if trials_alone:
-        pack_trials(source.parent / "artefacts", archive)
-        return archive
+        pack_run(p, source.parent / "artefacts", archive_of(p))
+        return archive_of(p)
     names = [name for name in chapters_of(p) if name not in KEPT_ELSEWHERE]
     if absent := [name for name in names if not (source / f"{name}.json").exists()]:
         raise RuntimeError(f"{p.name} has no numbers of {', '.join(absent)}: call make notebooks PROFILE={profile}")
@@ -193,8 +192,32 @@ def keep(profile: str, *, trials_alone: bool = False) -> Path:
     for name in names:
         shutil.copyfile(source / f"{name}.json", target / f"{name}.json")
     keep_items(finished_trials(p, source.parent / "artefacts" / "trials"), target / "items")
-    pack_trials(source.parent / "artefacts", archive)
+    pack_run(p, source.parent / "artefacts", archive_of(p))
     return target
+
+
+def verify(profile: str, cores: int) -> str:
+    """Make kept trials again by the code of now; what it says of them, in a sentence.
+
+    Raises:
+        RuntimeError: nothing is kept, or some numbers differ.
+    """
+    from concurrent.futures import ProcessPoolExecutor
+
+    from semalign.study import kept
+
+    p = load_profile(profile)
+    before_models(p)
+    if not archive_of(p).exists():
+        raise RuntimeError(f"no trials of {p.name} are kept: call make keep PROFILE={profile} after a run of it")
+    folder = ROOT / "results" / p.name / "artefacts" / "verified"
+    kept.unpack_trials(archive_of(p), folder / "kept")
+    with ProcessPoolExecutor(cores, initializer=gc.freeze) as pool:  # see semalign.report.opened
+        apart = kept.verify(p, folder / "kept" / "trials", folder / "now", pool)
+    if not apart:
+        return "no code has changed since the kept trials were made or verified"
+    largest = max(apart.values())
+    return f"{len(apart)} trials were made again: all answers are the kept ones, and losses within {largest:.0e}"
 
 
 def archive_of(p: Profile) -> Path:
@@ -336,6 +359,9 @@ def main(argv: list[str] | None = None) -> int:
     tuned = verbs.add_parser("tune", help="choose the methods' hyperparameters on validation examples")
     tuned.add_argument("profile")
     tuned.add_argument("--cores", default="all", type=cores_of)
+    verified = verbs.add_parser("verify", help="make kept trials again by the code of now, and compare")
+    verified.add_argument("profile")
+    verified.add_argument("--cores", default="all", type=cores_of)
     kept = verbs.add_parser("keep", help="keep a run's numbers")
     kept.add_argument("profile")
     kept.add_argument("--trials", action="store_true", help="of a run that has not ended, its trials alone")
@@ -359,8 +385,9 @@ def main(argv: list[str] | None = None) -> int:
             run_notebook(given.name, given.profile, given.results.resolve(), given.planned)
         elif given.verb == "trial":
             make_trial(given.profile, given.task, given.method, given.seed, given.results.resolve())
-        elif given.verb == "tune":
-            print(choose(given.profile, (os.cpu_count() or 1) if given.cores == "all" else int(given.cores)))
+        elif given.verb in ("tune", "verify"):
+            cores = (os.cpu_count() or 1) if given.cores == "all" else int(given.cores)
+            print((choose if given.verb == "tune" else verify)(given.profile, cores))
         elif given.verb == "keep":
             print(keep(given.profile, trials_alone=given.trials))
         elif given.verb == "check":

@@ -268,7 +268,7 @@ def training(s: Shape, tokens: int, size: int, *, layers: int, every: bool, full
 def _cache(s: Shape, p: Profile, size: int) -> float:
     """Keys and values of a batch that writes, and one position's logits in float32."""
     length = min(p.max_length, _file()["longest"]) + (p.max_new_tokens or 512)
-    return p.eval_batch_size * (2 * s.layers * s.groups * s.head * size * length + 12 * s.vocabulary)
+    return p.answered_at_once * (2 * s.layers * s.groups * s.head * size * length + 12 * s.vocabulary)
 
 
 def chapter_memory(p: Profile, name: str) -> Need:
@@ -357,7 +357,7 @@ def method_seconds(p: Profile, name: str, task: str, card: str) -> float:
 def _written(p: Profile, s: Shape, questions: int, new: int, rates: dict[str, float]) -> float:
     """Seconds to write ``new`` tokens to each question, in batches: each step reads the weights once."""
     read = s.parameters * SIZES[p.dtype] / (rates["bandwidth"] * 1e12 * rates["reached"])
-    return math.ceil(questions / p.eval_batch_size) * new * max(read, rates["step"])
+    return math.ceil(questions / p.answered_at_once) * new * max(read, rates["step"])
 
 
 @dataclass(frozen=True)
@@ -432,8 +432,9 @@ def _remedy(p: Profile, name: str, what: str, card: int) -> str:
     def needed(changed: Profile) -> float:
         return (method_memory(changed, name) if what == "method" else chapter_memory(changed, name)).gpu
 
-    smaller = [b for b in (16, 8, 4, 2, 1) if b < p.eval_batch_size]
-    settings: dict[str, dict[str, Any]] = {f"eval_batch_size: {b}": {"eval_batch_size": b} for b in smaller}
+    settings: dict[str, dict[str, Any]] = {}
+    for key, now in (("answer_batch_size", p.answered_at_once), ("eval_batch_size", p.eval_batch_size)):
+        settings |= {f"{key}: {b}": {key: b} for b in (32, 16, 8, 4, 2, 1) if b < now}
     settings["search: {whole_layers: false}"] = {"search": {"whole_layers": False}}
     settings["dtype: bfloat16"] = {"dtype": "bfloat16"}
     for setting, changes in settings.items():

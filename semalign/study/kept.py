@@ -6,6 +6,9 @@ known by its place.
 
 Trials whole are one archive. A run that finds it takes what belongs to its settings and code, and makes the rest: hours
 on one machine are minutes on the next, and a run that was stopped goes on elsewhere.
+
+Code changes, and what took hours is not made again for a helper that moved. :func:`verify` makes a trial of each method
+again instead: where its numbers are those that were kept, the kept ones go by the code of now as well.
 """
 
 from __future__ import annotations
@@ -16,17 +19,22 @@ import json
 import lzma
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from semalign.lm.files import read_json, write_bytes
+from semalign.lm.files import read_json, write_bytes, write_json
 from semalign.methods import REGISTRY
+from semalign.profiles import Profile
 from semalign.study import trials
 
 READ = ("loss", "right", "kl", "agree")
 """What is read of each watched example."""
+APART = 1e-6
+"""Numbers of a trial that was made again may differ by this: they are sums in another order on another machine."""
 
 
 def version_of(methods: Sequence[str], tasks: Sequence[str]) -> dict[str, Any]:
@@ -42,6 +50,83 @@ def is_current(version: Mapping[str, Any]) -> bool:
     methods = version.get("methods", [])
     known = all(m in REGISTRY for m in methods)
     return bool(methods) and known and version_of(methods, version["tasks"]) == dict(version)
+
+
+def codes_of(p: Profile) -> dict[str, dict[str, str]]:
+    """By method the versions of a profile's trials, by the tasks that they ask: all, one alone, those of the search."""
+    asked = {tuple(p.tasks), tuple(p.search.tasks), *((task,) for task in p.tasks)} - {()}
+    methods = (trials.TEACHER, *dict.fromkeys(("none", *p.methods)))
+    return {m: {" ".join(tasks): trials.code_key(m, tasks) for tasks in sorted(asked)} for m in methods}
+
+
+def verify(p: Profile, made: Path, folder: Path, pool: Executor) -> dict[str, float]:
+    """Make kept trials again by the code of now: of each method whose code has changed, one student's on each task.
+
+    Where they all have the kept answers, and losses within :data:`APART`, the method keeps its numbers: its versions of
+    now go into :data:`semalign.study.trials.VERIFIED` as those that were kept.
+
+    Args:
+        p: the profile; what :func:`codes_of` said when its trials were kept lies beside their archive, as ``codes``.
+        made: a folder with the kept trials.
+        folder: where those of now go; a call that was stopped goes on from it.
+        pool: what makes trials side by side.
+
+    Returns:
+        By trial, as ``TASK/METHOD``, how far apart its numbers are; empty where no code has changed.
+
+    Raises:
+        RuntimeError: some differ, after the others were noted; the message names them.
+    """
+    kept, now = read_json(codes_path(p))["codes"], codes_of(p)
+    changed = [m for m in now if m in kept and kept[m] != now[m]]
+    there = [(task, m) for m in changed for task in p.tasks if (made / _name(p, task, m)).exists()]
+    waiting = {f"{task}/{m}": pool.submit(_made_again, p, task, m, made, folder) for task, m in there}
+    apart = {name: one.result() for name, one in waiting.items()}
+    alike = {m for _, m in there} - {m for task, m in there if apart[f"{task}/{m}"] > APART}
+    other, same = [m for m in changed if m not in alike], dict[str, str]()
+    for m in kept.keys() & now.keys() - set(other):
+        same |= {trials.own_code(m, tuple(tasks.split())): key for tasks, key in kept[m].items()}
+    if changed:
+        before = read_json(trials.VERIFIED)["apart"] if trials.VERIFIED.exists() else {}
+        write_json(trials.VERIFIED, {"same": same, "apart": {**before, **apart}}, indent=1)
+    if other:
+        raise RuntimeError(
+            f"by this code the numbers of {', '.join(other)} differ from those that were kept: make them again with "
+            f"make book PROFILE={p.name}, or take back what changed them"
+        )
+    return apart
+
+
+def verified() -> str:
+    """What is known of kept trials that other code than that of now has made; empty where it was none."""
+    if not trials.VERIFIED.exists():
+        return ""
+    apart = read_json(trials.VERIFIED)["apart"]
+    alike = [a for a in apart.values() if a <= APART]
+    return (
+        f"Later code made {len(apart)} of the kept trials again: {len(alike)} with the same answers, and losses that "
+        f"differ by {max(alike, default=0.0):.0e} nats or less."
+    )
+
+
+def codes_path(p: Profile) -> Path:
+    """Where the versions of a profile's kept trials are."""
+    return trials.VERIFIED.parent / f"{p.name}.json"
+
+
+def _name(p: Profile, task: str, method: str) -> str:
+    return f"{task}/{method}-{p.seeds[0]}.json"
+
+
+def _made_again(p: Profile, task: str, method: str, made: Path, folder: Path) -> float:
+    """How far apart the numbers of a kept trial and of the same by the code of now are; 1 where an answer differs."""
+    before = read_json(made / _name(p, task, method))
+    torch.set_num_threads(1)
+    now = trials.run_trial(p, task, method, p.seeds[0], folder, others=p.others)
+    if now["answers"] != before["answers"]:
+        return 1.0
+    pairs = (zip(now["validation"][what], before["validation"][what], strict=True) for what in READ)
+    return max(abs(a - b) for pair in pairs for a, b in pair)
 
 
 def keep_items(made: Iterable[Mapping[str, Any]], folder: str | Path) -> list[Path]:
@@ -136,6 +221,12 @@ def pack_trials(folder: str | Path, archive: str | Path) -> int:
                 packed += 1
     write_bytes(Path(archive), lzma.compress(buffer.getvalue(), preset=9))
     return packed
+
+
+def pack_run(p: Profile, folder: str | Path, archive: Path) -> None:
+    """Keep the trials of a profile's run below ``folder`` in ``archive``, and beside it the versions of their code."""
+    pack_trials(folder, archive)
+    write_json(codes_path(p), {"codes": codes_of(p)}, indent=1)
 
 
 def unpack_trials(archive: str | Path, folder: str | Path) -> int:

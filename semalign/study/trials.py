@@ -37,6 +37,7 @@ TEACHER = "teacher"  # the name under which the teacher answers
 PLACEBO = "placebo"  # the split of questions that nobody can know, and the name under which a trial keeps them
 READER = "semalign.profiles"  # reads a profile; what it has read is in a trial's key
 RESPONSE = 400  # characters of an answer's text that are kept
+VERIFIED = PACKAGE.parent / "book" / "trials" / "verified.json"  # see semalign.study.kept.verify
 
 
 def seeds_of(method: str, seeds: Sequence[int]) -> Sequence[int]:
@@ -169,11 +170,27 @@ def trial_key(p: Profile, tasks: Sequence[str], method: str, seed: int, *rest: A
 
 @cache
 def code_key(method: str = "", tasks: tuple[str, ...] = ()) -> str:
-    """sha256 over the code that a trial of ``method`` on ``tasks`` depends on: the version of its numbers.
+    """The version of a trial's numbers: sha256 over the code that a trial of ``method`` on ``tasks`` depends on.
+
+    Code that has made kept trials again and got their numbers has the key of the code that had made them
+    (:func:`semalign.study.kept.verify`).
+    """
+    own = own_code(method, tasks)
+    return _verified().get(own, own)
+
+
+@cache
+def _verified() -> dict[str, str]:
+    """By the key of code that was verified, the key that its numbers go by."""
+    return dict(read_json(VERIFIED)["same"]) if VERIFIED.exists() else {}
+
+
+def own_code(method: str, tasks: tuple[str, ...]) -> str:
+    """sha256 over the code of a method on tasks; without a method, of all.
 
     It covers what this module imports, and what the method's own file does; of the tables of methods and benchmarks,
     the rows that are used. Comments, docstrings and the looks of a row do not count, nor does how a profile is read:
-    its values stand in the key. Without a method, all of them.
+    its values stand in the key.
     """
     methods = [method] if method in REGISTRY else list(REGISTRY) if not method else []
     digest = hashlib.sha256()
@@ -202,12 +219,20 @@ def _closure(methods: Sequence[str], tasks: Sequence[str]) -> dict[str, Path]:
         if name in seen or name == READER or not path.exists():
             continue
         seen[name] = path
-        for node in ast.walk(_parsed(path)):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("semalign"):
-                waiting += [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
-            elif isinstance(node, ast.Import):
-                waiting += [alias.name for alias in node.names if alias.name.startswith("semalign")]
+        waiting += _imports(path)
     return seen
+
+
+@cache
+def _imports(path: Path) -> list[str]:
+    """What a module imports of this package; of what is no module nobody finds a file."""
+    found: list[str] = []
+    for node in ast.walk(_parsed(path)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("semalign"):
+            found += [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if alias.name.startswith("semalign")]
+    return found
 
 
 def _home(transfer: Any) -> str:
@@ -219,9 +244,14 @@ def _parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
-@cache
 def _meaning(path: Path, methods: frozenset[str]) -> str:
     """What a module does, without comments and docstrings; of a table of methods, what the chosen rows run."""
+    has_table = any(assignment(node)[0] == "METHODS" for node in _parsed(path).body)
+    return _told(path, methods if has_table else frozenset())  # others are read once for all methods
+
+
+@cache
+def _told(path: Path, methods: frozenset[str]) -> str:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef):
@@ -272,7 +302,7 @@ def _config(p: Profile, pair: Pair, seed: int) -> TransferConfig:
 def ask(p: Profile, pair: Pair, model: Any, task: str, asked: Sequence[Row], samples: int = 1) -> benchmarks.Evaluation:
     """Put the questions ``asked`` to ``model`` as the profile does; several ``samples`` a question, if of code."""
     return benchmarks.evaluate(
-        model, pair.tokenizer, task, asked, protocol=p.protocol(task), batch_size=p.eval_batch_size, samples=samples,
+        model, pair.tokenizer, task, asked, protocol=p.protocol(task), batch_size=p.answered_at_once, samples=samples,
         max_new_tokens=p.max_new_tokens, allow_code_execution=p.allow_code_execution, isolation=p.isolation,
     )  # fmt: skip
 

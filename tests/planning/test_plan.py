@@ -140,16 +140,21 @@ def test_a_mend_mends() -> None:
     batch = int(said.rpartition("eval_batch_size: ")[2])
     assert planning.method_memory(p, "sft").gpu > 40e9
     assert planning.method_memory(p.changed(eval_batch_size=batch), "sft").gpu <= 40e9
+    many = p.changed(answer_batch_size=64)
+    said = next(s for s in planning.plan(many).mends if s.startswith("method none does not fit 40 GB (answering)"))
+    batch = int(said.rpartition("set answer_batch_size: ")[2])
+    assert planning.method_memory(many.changed(answer_batch_size=batch), "none").gpu <= 40e9
 
 
 @pytest.mark.parametrize("name", ["llama2", "codellama", "wizardcoder"])
 def test_the_papers_profiles_fit_one_card(name: str) -> None:
-    """80 GB hold every chapter, 40 GB the paper's method and its controls."""
+    """80 GB hold every chapter, 40 GB the paper's method and its controls; an A100 takes 40 hours at most."""
     p = load_profile(name)
     found = planning.plan(p, chapters_of(p))
     assert max(need.gpu for need in [*found.chapters.values(), *found.methods.values()]) <= 80e9
     controls = [m for m in ("none", "semalign", "sft_layer", "random_target", "scrambled_tokens") if m in p.methods]
     assert len(controls) >= 4 and max(found.methods[m].gpu for m in controls) <= 40e9
+    assert found.hours["A100"] <= 40 < planning.plan(p.changed(answer_batch_size=8)).hours["A100"]
     larger = planning.plan(p.changed(search={"whole_layers": True}), ["14_search"])
     assert "14_search does not fit 80 GB (whole layers in training): set search: {whole_layers: false}" in str(
         larger.mends

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import pytest
 import torch
 
 from semalign import alignment
+from semalign.lm.files import read_json, write_json
 from semalign.models import load_pair
 from semalign.profiles import Profile, ProfileError, load_profile
-from semalign.study import tables, trials
+from semalign.study import kept, tables, trials
 
 
 def settings(**changes: Any) -> Profile:
@@ -117,8 +119,8 @@ def test_hyperparameters_reach_the_method_and_wrong_ones_are_named(
 
 def forget() -> None:
     """Nothing of the package's code is remembered."""
-    for kept in (trials.code_key, trials._parsed, trials._meaning):
-        kept.cache_clear()
+    for cached in (trials.code_key, trials._verified, trials._parsed, trials._imports, trials._told):
+        cached.cache_clear()
 
 
 @pytest.fixture
@@ -164,6 +166,52 @@ def test_a_key_covers_the_import_closure_of_its_method_and_nothing_else(
     assert changed(copied / "report.py", "import math\n", "import math\nMORE = 1\n") == set()
     (methods / "mine.py").write_text("METHODS = {}\n")  # a new method
     assert keys_after(copied, monkeypatch) == before
+
+
+def test_code_that_got_the_kept_numbers_has_their_key_and_other_code_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The code of sft and that of the teacher are said to have changed: one gives the kept numbers, one does not."""
+    one = {"tasks": ["gsm8k"]}
+    p = settings(**one, methods=["none", "sft"], others=2, search=one, regimes=one)
+    for name in ("teacher", "sft"):
+        trials.run_trial(p, "gsm8k", name, 0, tmp_path / "kept", others=2)
+    path = tmp_path / "kept" / "gsm8k" / "teacher-0.json"
+    before = read_json(path)
+    before["answers"]["gsm8k"][1]["prediction"] = "another"
+    write_json(path, before)
+    monkeypatch.setattr(trials, "VERIFIED", tmp_path / "book" / "verified.json")
+    own, codes = trials.code_key("sft", ("gsm8k",)), kept.codes_of(p)
+    older = {m: {tasks: f"older {m}" for tasks in keys} for m, keys in codes.items()}
+    write_json(kept.codes_path(p), {"codes": {**older, "none": codes["none"], "gone": {"gsm8k": "a method of then"}}})
+    with ThreadPoolExecutor(1) as pool:
+        with pytest.raises(
+            RuntimeError, match=r"^by this code the numbers of teacher differ .* PROFILE=smoke, or take"
+        ):
+            kept.verify(p, tmp_path / "kept", tmp_path / "now", pool)
+        forget()
+        assert trials.code_key("sft", ("gsm8k",)) == "older sft" != own
+        assert trials.code_key("none", ("gsm8k",)) == codes["none"]["gsm8k"]
+        assert trials.code_key("teacher", ("gsm8k",)) == codes["teacher"]["gsm8k"]
+        assert "2 of the kept trials again: 1 with the same answers" in kept.verified()
+        write_json(kept.codes_path(p), {"codes": {"sft": older["sft"]}})
+        assert kept.verify(p, tmp_path / "kept", tmp_path / "now", pool) == {}  # what was verified need not be again
+    monkeypatch.undo()
+    forget()
+
+
+def test_how_many_questions_are_answered_at_once_changes_no_answer_and_no_key(
+    made: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p, pair, sizes = settings(answer_batch_size=2), load_pair(settings()), []
+    real = trials.benchmarks.evaluate
+    monkeypatch.setattr(
+        trials.benchmarks, "evaluate", lambda *a, **k: sizes.append(k["batch_size"]) or real(*a, **k)
+    )  # fmt: skip
+    student = pair.load_student().eval()
+    assert trials.answer(p, pair, student, "gsm8k") == trials.answer(settings(), pair, student, "gsm8k")
+    assert sizes == [2, 4] and trials.config_of(p, 0).micro_batch == 4
+    assert trials.trial_key(p, ["gsm8k"], "sft", 0) == trials.trial_key(settings(), ["gsm8k"], "sft", 0)
 
 
 def test_the_teacher_agrees_with_itself(tmp_path: Path) -> None:
