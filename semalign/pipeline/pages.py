@@ -72,6 +72,20 @@ def data_names(p: Profile) -> dict[str, str]:
     return {task: f"{rows[task]['name']} ({rows[task]['sibling']}'s sibling)" for task in p.tasks}
 
 
+def called(data: str) -> dict[str, str]:
+    """What a sentence calls the data of each task: the classroom's by their own name, a benchmark by its."""
+    rows = yaml.safe_load((ROOT / "book" / "data_names.yaml").read_text(encoding="utf-8"))
+    return {task: str(row["name" if data == "classroom" else "sibling"]) for task, row in rows.items()}
+
+
+def findings_of(name: str, p: Profile, kept: Numbers, run: Numbers) -> tuple[str, str]:
+    """A chapter's finding in the kept run, which is one on the classroom's data, and in this one."""
+    from semalign.study.findings import finding
+
+    full = finding(name, kept.get(name, {}), called("classroom"))
+    return full, finding(name, run.get(name, {}), called(p.data))
+
+
 def title(name: str, p: Profile) -> str:
     """A chapter's title on its page: numbered, and with its data named."""
     named, whole = data_names(p).get(ORDER[name].of_task, ""), heading(name)
@@ -119,9 +133,7 @@ def run_numbers(p: Profile, results: Path) -> dict[str, dict[str, Any]]:
 
 def finding_box(name: str, p: Profile, kept: Numbers, run: Numbers) -> str:
     """The box under a chapter's title: the kept run's finding first, then this run's; empty where neither has one."""
-    from semalign.study.findings import finding
-
-    full, own = (finding(name, numbers.get(name, {})) for numbers in (kept, run))
+    full, own = findings_of(name, p, kept, run)
     lines = [f"**[The full run](93_full_run.ipynb).** {full}"] if full else []
     if own and own != full:
         lines.append(f"**This run** (profile `{p.name}`). {own}")
@@ -215,11 +227,9 @@ def in_short(p: Profile, kept: Numbers, run: Numbers) -> str:
 
 def _told(p: Profile, kept: Numbers, run: Numbers, chapters: Mapping[str, str]) -> str:
     """The findings of chapters, each behind its words; of the kept run where it says something, else of this one."""
-    from semalign.study.findings import finding
-
     said = {}
     for name in (n for n in chapters if n in chapters_of(p)):
-        full, own = (finding(name, numbers.get(name, {})) for numbers in (kept, run))
+        full, own = findings_of(name, p, kept, run)
         if full or own:
             said[name] = full or f"{own}{' (This run.)' if kept else ''}"
     if not said:

@@ -77,8 +77,6 @@ def figure(notebook: nbformat.NotebookNode, name: str) -> tuple[str, str, str] |
 
 def deck(p: Profile, results: Path) -> str:
     """The slides of a run: a title, then each figure of :data:`DECK` that the run has."""
-    from semalign.study.findings import finding
-
     run, shown = pages.run_numbers(p, results), []
     for chapter, name, which in DECK:
         if chapter not in chapters_of(p):
@@ -87,7 +85,7 @@ def deck(p: Profile, results: Path) -> str:
         if not found:
             continue
         svg, caption, alt = found
-        said = finding(chapter, run[chapter])
+        _, said = pages.findings_of(chapter, p, {}, run)
         shown.append((pages.title(chapter, p), sentence(said or caption, which if said else 0), svg, caption, alt))
     total = len(shown) + 1
     opening = f"{len(shown)} figures from the run of the profile {p.name}, each with what its chapter found."

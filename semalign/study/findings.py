@@ -14,16 +14,23 @@ Metrics = Mapping[str, Any]
 """What a chapter hands to :func:`semalign.report.save_metrics`."""
 
 
+CALLED = "called"
+"""Beside a chapter's metrics: what to call each task's data."""
+
+
 class _Absent(Exception):
     """A number that the sentence is about is not among the metrics."""
 
 
-def finding(chapter: str, metrics: Metrics) -> str:
-    """The sentence of a chapter, such as ``"01_semantics"``; empty where it has none, or not the numbers for it."""
+def finding(chapter: str, metrics: Metrics, called: Mapping[str, str] | None = None) -> str:
+    """The sentence of a chapter, such as ``"01_semantics"``; empty where it has none, or not the numbers for it.
+
+    A task has the name that it is ``called`` by, where one is given.
+    """
     if chapter not in FINDINGS:
         return ""
     try:
-        return FINDINGS[chapter](metrics)
+        return FINDINGS[chapter]({**metrics, CALLED: called or {}})
     except _Absent:
         return ""
 
@@ -148,7 +155,7 @@ def from_text(metrics: Metrics) -> str:
 def fine_tuned_teachers(metrics: Metrics) -> str:
     """Chapter 09: what a better teacher is worth."""
     tasks = _mapping(metrics, "fine_tuned_over_plain")
-    said = [f"{_points(tasks, task)} on {task}" for task in tasks]
+    said = [f"{_points(tasks, task)} on {_called(metrics, task)}" for task in tasks]
     if not said:
         raise _Absent
     return (
@@ -201,7 +208,7 @@ def students(metrics: Metrics) -> str:
     """Chapter 12b: taught, and by states."""
     verdicts = _mapping(metrics, "verdicts")
     taught, by_states = (sum(bool(_at(of, word)) for of in verdicts.values()) for word in ("taught", "by states"))
-    twin = [f"{_points(metrics, 'differences', f'{task} / twin')} on {task}" for task in verdicts]
+    twin = [f"{_points(metrics, 'differences', f'{task} / twin')} on {_called(metrics, task)}" for task in verdicts]
     return (
         f"SemAlign, tuned, lies above the untouched students on {taught} of {_count(len(verdicts), 'task')}, and owes "
         f"it to the teacher's states on {by_states}. Against its twin without the layer term it makes "
@@ -443,6 +450,10 @@ def _at(metrics: Any, *path: str) -> Any:
             raise _Absent(name)
         metrics = metrics[name]
     return metrics
+
+
+def _called(metrics: Metrics, task: str) -> str:
+    return str(metrics.get(CALLED, {}).get(task, task))
 
 
 def _has(metrics: Metrics, *path: str) -> bool:

@@ -246,6 +246,12 @@ def test_whatever_number_is_missing_the_rest_is_said_or_nothing_is(chapter: str)
     assert finding(chapter, {}) == "" and whole
 
 
+def test_data_have_the_names_that_their_reader_knows() -> None:
+    named = finding("12b_students", CASES["12b_students"][0], {"gsm8k": "Pico word problems", "mbpp": "not here"})
+    assert named == finding("12b_students", CASES["12b_students"][0]).replace("gsm8k", "Pico word problems")
+    assert "Pico word problems" in named and "not here" not in named
+
+
 def test_words_follow_the_numbers() -> None:
     turned = copy.deepcopy(CASES["01_semantics"][0])
     turned["cosine_over_layers"]["random"]["mean"] = 0.1
