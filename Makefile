@@ -12,7 +12,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup gemma book notebooks plan fetch tune keep verify test test-book test-slurm pdf slides bench zoo pico lint lock clean
+.PHONY: help setup gemma book notebooks plan fetch tune keep address verify test test-book test-slurm pdf slides bench zoo pico lint lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -54,6 +54,9 @@ tune: setup ## choose each method's hyperparameters for PROFILE on validation ex
 
 keep: setup ## keep the numbers of a finished run of PROFILE in book/full_run; with TRIALS=1 the trials of one that has not ended
 	@$(BIN)/python -m semalign.pipeline keep "$(PROFILE)" $(if $(TRIALS),--trials)
+
+address: setup ## after a change of the repository's address in _config.yml: the cell with which Colab fetches the code
+	@$(BIN)/python -m semalign.pipeline address
 
 verify: setup ## make some of the kept trials of PROFILE again by the code of now; where they come out the same, all stay current
 	@OMP_NUM_THREADS=1 $(BIN)/python -m semalign.pipeline verify "$(PROFILE)" $(if $(filter-out all,$(CORES)),--cores $(CORES))

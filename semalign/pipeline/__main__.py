@@ -1,4 +1,4 @@
-"""The command line: ``run``, ``plan``, ``fetch``, ``tune``, ``keep``, ``verify``, ``pdf``, ``slides``, a run's jobs."""
+"""The command line: ``run``, ``plan``, ``tune``, ``keep``, ``verify``, ``pdf``, ``slides``, and a run's jobs."""
 
 from __future__ import annotations
 
@@ -355,6 +355,7 @@ def main(argv: list[str] | None = None) -> int:
     before.add_argument("--results", type=Path, required=True)
     before.add_argument("--elsewhere", action="store_true", help="the jobs run on other machines")
     verbs.add_parser("fetch", help="fetch models and questions for nodes without a network").add_argument("profile")
+    verbs.add_parser("address", help="bring the notebooks in line with the address in _config.yml")
     verbs.add_parser("plan", help="say what a profile needs, without its weights").add_argument("profile")
     tuned = verbs.add_parser("tune", help="choose the methods' hyperparameters on validation examples")
     tuned.add_argument("profile")
@@ -394,6 +395,11 @@ def main(argv: list[str] | None = None) -> int:
             before_models(load_profile(given.profile), given.results.resolve(), elsewhere=given.elsewhere)
         elif given.verb == "fetch":
             print("\n".join([*fetch(given.profile), "on the nodes set HF_HUB_OFFLINE=1 and HF_DATASETS_OFFLINE=1"]))
+        elif given.verb == "address":
+            from semalign.pipeline.address import write_cells
+
+            changed = write_cells(ROOT / "_config.yml", ROOT / "notebooks")
+            print(f"{len(changed)} notebooks changed")
         elif given.verb == "plan":
             from semalign.planning.plan import markdown, plan
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import ast
+import os
+import shutil
 import statistics
+import subprocess
+import sys
+import types
 from pathlib import Path
 
 import nbformat
 import pytest
 
+from semalign.pipeline.address import COLAB, colab_cell, write_cells
 from semalign.pipeline.book import OPEN
 from semalign.pipeline.notebooks import ORDER, ROOT
 
@@ -23,7 +29,9 @@ of_every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.s
 
 
 def code_cells(path: Path) -> list[nbformat.NotebookNode]:
-    return [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+    """Those of the chapter; where the repository has an address there is one for Colab as well."""
+    cells = nbformat.read(path, as_version=4).cells
+    return [c for c in cells if c.cell_type == "code" and COLAB not in c.metadata.get("tags", [])]
 
 
 def test_the_order_names_every_notebook() -> None:
@@ -46,6 +54,61 @@ def test_opens_with_a_title_and_parameters(path: Path) -> None:
     assert sum("parameters" in c.metadata.get("tags", []) for c in cells) == 1
     assert "p, results = report.opened(profile, results, changes)" in code_cells(path)[1].source
     assert nbformat.read(path, as_version=4).metadata.kernelspec.name == "python3"
+
+
+def test_the_notebooks_have_the_cell_of_the_repositorys_address(tmp_path: Path) -> None:
+    """If this fails, the address in _config.yml was changed and `make address` not called."""
+    folder = shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
+    assert write_cells(ROOT / "_config.yml", folder) == []
+
+
+def test_with_an_address_every_notebook_gets_a_cell_for_colab_and_without_one_loses_it(tmp_path: Path) -> None:
+    folder, config = shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks"), tmp_path / "_config.yml"
+    config.write_text("repository: {url: 'https://example.org/owner/name', branch: trunk}")
+    before = {path.name: nbformat.read(path, as_version=4) for path in folder.glob("*.ipynb")}
+    assert len(write_cells(config, folder)) == len(NOTEBOOKS) and write_cells(config, folder) == []
+    cells = nbformat.read(folder / NOTEBOOKS[0].name, as_version=4).cells
+    nbformat.validate(nbformat.read(folder / NOTEBOOKS[0].name, as_version=4))
+    assert "https://example.org/owner/name" in cells[1].source and "remove-cell" in cells[1].metadata.tags
+    assert cells[2].source == PARAMETERS and cells[0].source.startswith("# ")
+    config.write_text("repository: {url: ''}")
+    assert len(write_cells(config, folder)) == len(NOTEBOOKS) and colab_cell(config) == ""
+    assert {path.name: nbformat.read(path, as_version=4) for path in folder.glob("*.ipynb")} == before
+    for wrong in ("git@example.org:owner/name", "example.org/name", 'https://example.org/"quoted'):
+        config.write_text(f"repository: {{url: '{wrong}'}}")
+        with pytest.raises(ValueError, match=r"^repository\.url .* give one as https://host/owner/name$"):
+            write_cells(config, folder)
+
+
+def test_on_colab_the_cell_fetches_and_installs_and_elsewhere_it_does_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, ran, at = tmp_path / "_config.yml", list[list[str]](), list[str]()
+    config.write_text("repository: {url: 'https://example.org/owner/name', branch: trunk}")
+    cell = colab_cell(config).replace("/content/", f"{tmp_path}/").replace("/tmp/locked", f"{tmp_path}/locked")
+
+    def run(command: list[str], check: bool) -> None:
+        assert check
+        ran.append(command)
+        if command[0] == "git":
+            Path(command[-1]).mkdir()
+            shutil.copy(ROOT / "requirements.lock", command[-1])
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(os, "chdir", at.append)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    exec(cell, {})
+    assert not ran and not at
+    monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
+    for _ in range(2):  # again after the restart
+        exec(cell, {})
+    book = f"{tmp_path}/semalign-book"
+    assert [c[0] for c in ran] == ["git", sys.executable] and ran[0][-2:] == ["https://example.org/owner/name", book]
+    assert "trunk" in ran[0] and ran[1][-2:] == ["-e", book] and at == [f"{book}/notebooks"] * 2 and sys.path[0] == book
+    kept, locked = (tmp_path / "locked.txt").read_text(), (ROOT / "requirements.lock").read_text()
+    assert "torch==" in locked and "torch==" not in kept.splitlines() and len(kept.splitlines()) == len(
+        locked.splitlines()
+    ) - 1  # fmt: skip
 
 
 @of_every_notebook
