@@ -107,4 +107,4 @@ def cells(p: Profile, task: str) -> Iterator[tuple[str, str, int]]:
     for kind in kinds_of(p):
         for way, of in WAYS.items():
             if of.asks or kind == kinds_of(p)[0]:
-                yield from ((kind, way, n) for n in p.regimes.examples)
+                yield from ((kind, way, n) for n in p.regimes.counts[task])
