@@ -210,14 +210,13 @@ def verify(profile: str, cores: int) -> str:
     before_models(p)
     if not archive_of(p).exists():
         raise RuntimeError(f"no trials of {p.name} are kept: call make keep PROFILE={profile} after a run of it")
-    folder = ROOT / "results" / p.name / "artefacts" / "verified"
+    folder = ROOT / "results" / p.name / "verified"
     kept.unpack_trials(archive_of(p), folder / "kept")
     with ProcessPoolExecutor(cores, initializer=gc.freeze) as pool:  # see semalign.report.opened
         apart = kept.verify(p, folder / "kept" / "trials", folder / "now", pool)
     if not apart:
         return "no code has changed since the kept trials were made or verified"
-    largest = max(apart.values())
-    return f"{len(apart)} trials were made again: all answers are the kept ones, and losses within {largest:.0e}"
+    return f"{len(apart)} trials were made again: {kept.told(apart)}"
 
 
 def archive_of(p: Profile) -> Path:

@@ -229,17 +229,23 @@ def rivals(metrics: Metrics) -> str:
 
 def regimes(metrics: Metrics) -> str:
     """Chapter 13b: in how many cells states add something, and for which teacher."""
-    added, way = _mapping(metrics, "added"), "states and labels, layer k"
+    added = _mapping(metrics, "added")
     above, below = _sides(added.values())
-    kinds = {"kin": "from kin", "wide": "across a width"}
-    means = [
-        f"{said} {_points(metrics, 'overall', f'{way} / {kind}')}"
-        for kind, said in kinds.items()
-        if _has(metrics, "overall", f"{way} / {kind}")
-    ]
-    mean = f" In one layer, states beside labels add {', '.join(means)}." if means else ""
+    ways = {
+        "states first, then labels": "A warm-up by states adds",
+        "states and labels, layer k": "In one layer, states beside labels add",
+    }
+    kinds = {"kin": "{} between kin", "wide": "{} across a width", "kin minus wide": "a difference of {}"}
+    means = ""
+    for way, begins in ways.items():
+        said = [
+            words.format(_points(metrics, "overall", f"{way} / {kind}"))
+            for kind, words in kinds.items()
+            if _has(metrics, "overall", f"{way} / {kind}")
+        ]
+        means += f" {begins} {', '.join(said)}." if said else ""
     cells = _count(len(added), "cell")
-    return f"Of {cells} with states {above} lie above the same without states and {below} below.{mean}"
+    return f"Of {cells} with states {above} lie above the same without states and {below} below.{means}"
 
 
 def search(metrics: Metrics) -> str:

@@ -60,8 +60,9 @@ def codes_of(p: Profile) -> dict[str, dict[str, str]]:
 
 
 def verify(p: Profile, made: Path, folder: Path, pool: Executor) -> dict[str, float]:
-    """Make kept trials again by the code of now: of each method whose code has changed, one student's on each task.
+    """Make kept trials again by the code of now: of each method whose code has changed, one on each task of the search.
 
+    They are the first student's, and ask the other tasks too where the profile does.
     Where they all have the kept answers, and losses within :data:`APART`, the method keeps its numbers: its versions of
     now go into :data:`semalign.study.trials.VERIFIED` as those that were kept.
 
@@ -79,7 +80,7 @@ def verify(p: Profile, made: Path, folder: Path, pool: Executor) -> dict[str, fl
     """
     kept, now = read_json(codes_path(p))["codes"], codes_of(p)
     changed = [m for m in now if m in kept and kept[m] != now[m]]
-    there = [(task, m) for m in changed for task in p.tasks if (made / _name(p, task, m)).exists()]
+    there = [(task, m) for m in changed for task in p.search.tasks if (made / _name(p, task, m)).exists()]
     waiting = {f"{task}/{m}": pool.submit(_made_again, p, task, m, made, folder) for task, m in there}
     apart = {name: one.result() for name, one in waiting.items()}
     alike = {m for _, m in there} - {m for task, m in there if apart[f"{task}/{m}"] > APART}
@@ -102,11 +103,15 @@ def verified() -> str:
     if not trials.VERIFIED.exists():
         return ""
     apart = read_json(trials.VERIFIED)["apart"]
+    return f"Later code made {len(apart)} of the kept trials again: {told(apart)}."
+
+
+def told(apart: Mapping[str, float]) -> str:
+    """What :func:`verify` found, in words."""
     alike = [a for a in apart.values() if a <= APART]
-    return (
-        f"Later code made {len(apart)} of the kept trials again: {len(alike)} with the same answers, and losses that "
-        f"differ by {max(alike, default=0.0):.0e} nats or less."
-    )
+    largest = max(alike, default=0.0)
+    losses = f"losses that differ by {largest:.0e} nats or less" if largest else "the same losses"
+    return f"{len(alike)} with the same answers and {losses}"
 
 
 def codes_path(p: Profile) -> Path:

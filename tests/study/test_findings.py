@@ -119,9 +119,14 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
             "overall": {
                 "states and labels, layer k / kin": e(0.02, 0.01, 0.03),
                 "states and labels, layer k / wide": e(0.0, -0.01, 0.01),
+                "states first, then labels / kin": e(0.12, 0.1, 0.14),
+                "states first, then labels / kin minus wide": e(0.15, 0.1, 0.2),
             },
         },
-        ["Of 3 cells", "1 lie above", "1 below", "from kin +2.0 points", "across a width +0.0"],
+        [
+            "Of 3 cells", "1 lie above", "1 below", "add +2.0 points (+1.0 to +3.0) between kin, +0.0 points",
+            "A warm-up by states adds +12.0 points (+10.0 to +14.0) between kin, a difference of +15.0 points",
+        ],
     ),
     "14_search": (
         {
