@@ -181,6 +181,7 @@ def test_code_that_got_the_kept_numbers_has_their_key_and_other_code_its_own(
     before["answers"]["gsm8k"][1]["prediction"] = "another"
     write_json(path, before)
     monkeypatch.setattr(trials, "VERIFIED", tmp_path / "book" / "verified.json")
+    forget()
     own, codes = trials.code_key("sft", ("gsm8k",)), kept.codes_of(p)
     older = {m: {tasks: f"older {m}" for tasks in keys} for m, keys in codes.items()}
     write_json(kept.codes_path(p), {"codes": {**older, "none": codes["none"], "gone": {"gsm8k": "a method of then"}}})
