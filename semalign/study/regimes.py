@@ -19,6 +19,7 @@ from torch import Tensor
 from semalign.methods import REGISTRY
 from semalign.profiles import Profile
 from semalign.study import trials
+from semalign.study.analysis import Estimate
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,10 @@ WAYS = {
     "own texts": Way("gkd"),
 }
 """What is compared, by the name that the map has for it."""
+
+
+MARKERS = "osD^vPX"
+"""Of the ways in a figure, which must be told apart without their colours too."""
 
 
 def budget(examples: int, steps: int) -> dict[str, int]:
@@ -100,6 +105,43 @@ def known(of_students: Sequence[Sequence[Mapping[str, Any]]], task: str) -> dict
     said = [a["known"] for a in of_students[0][0]["answers"][task]]
     kinds = {"latent": "both", "absent": "teacher"} if any(said) else {"latent": ""}
     return {name: [i for i, s in enumerate(said) if s == word] for name, word in kinds.items()}
+
+
+def draw_map(gains: Mapping[tuple[str, str, str, str, int], Estimate], called: Mapping[str, str]) -> Any:
+    """Gains in points by the number of examples: a row a task and kind of question, a column a kind of teacher.
+
+    Args:
+        gains: by task, kind of question, kind of teacher, way, and number of examples.
+        called: what titles call the data of each task.
+    """
+    import matplotlib.pyplot as plt
+    import seaborn
+
+    panels = list(dict.fromkeys((task, name) for task, name, *_ in gains))
+    kinds, ways = list(dict.fromkeys(key[2] for key in gains)), list(dict.fromkeys(key[3] for key in gains))
+    figure, axes = plt.subplots(
+        len(panels), len(kinds), figsize=(4.2 * len(kinds), 2.8 * len(panels)), sharex="row", sharey="row",
+        squeeze=False,
+    )  # fmt: skip
+    palette = seaborn.color_palette("colorblind", len(ways))
+    for ax, (task, name), kind in ((axes[r, c], p, k) for r, p in enumerate(panels) for c, k in enumerate(kinds)):
+        counts = sorted({key[4] for key in gains if key[:3] == (task, name, kind)})
+        for at, (way, colour) in enumerate(zip(ways, palette, strict=True)):
+            line = [gains[task, name, kind, way, n] for n in counts]
+            bars = [[100 * (e.mean - e.low) for e in line], [100 * (e.high - e.mean) for e in line]]
+            ax.errorbar(
+                [n * 1.06 ** (at - len(ways) / 2) for n in counts], [100 * e.mean for e in line], yerr=bars, lw=1,
+                ls="-" if "states" in way else "--", marker=MARKERS[at % len(MARKERS)], ms=4, color=colour, label=way,
+            )  # fmt: skip
+        ax.axhline(0, color="0.5", lw=1)
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(counts, counts)
+        ax.set(title=f"{called[task]}, {name}: {kind} teacher", ylabel="gain, points" if kind == kinds[0] else "")
+    for ax in axes[-1]:
+        ax.set_xlabel("training examples")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize="small")
+    return figure
 
 
 def cells(p: Profile, task: str) -> Iterator[tuple[str, str, int]]:

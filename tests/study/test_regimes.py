@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from semalign.profiles import load_profile
+from semalign.profiles import ProfileError, load_profile
 from semalign.study import regimes
+from semalign.study.analysis import Estimate
 
 
 @pytest.mark.parametrize("examples", [1, 8, 32, 128, 240, 500, 1000])
@@ -47,3 +49,33 @@ def test_a_cell_trains_every_student_with_its_own_teacher(tmp_path: Path) -> Non
     assert at["latent"] == [i for i, s in enumerate(said) if s == "both"] and set(at) == {"latent", "absent"}
     start = regimes.right(regimes.untouched(p, "mmlu", tmp_path), "mmlu")
     assert start.shape == answered.shape and torch.isfinite(start).all()
+
+
+def test_each_task_of_the_map_has_its_own_numbers_of_examples() -> None:
+    p = load_profile("smoke", regimes={"examples": [8, 4], "tasks": ["mmlu"], "again": {"gsm8k": [16]}})
+    assert p.regimes.counts == {"mmlu": [4, 8], "gsm8k": [16]}
+    assert [{n for _, _, n in regimes.cells(p, task)} for task in p.regimes.counts] == [{4, 8}, {16}]
+    with pytest.raises(ProfileError, match=r"regimes\.again: 'gsm' is not one of"):
+        load_profile("smoke", regimes={"again": {"gsm": [16]}})
+    with pytest.raises(ProfileError, match=r"regimes\.again"):
+        load_profile("smoke", regimes={"again": {"gsm8k": []}})
+
+
+def test_the_map_draws_every_way_at_its_gain_in_points_and_tells_ways_apart_without_colour() -> None:
+    def e(mean: float) -> Estimate:
+        return Estimate(mean, mean - 0.01, mean + 0.02, 0.5, 0.01, 9.0, 1, 3)
+
+    gains = {("mmlu", "latent", "kin", way, n): e(0.01 * n) for way in regimes.WAYS for n in (4, 8)}
+    gains |= {("gsm8k", "latent", "kin", way, 16): e(-0.1) for way in regimes.WAYS}
+    figure = regimes.draw_map(gains, {"mmlu": "Pico facts", "gsm8k": "Pico word problems"})
+    above, below = figure.axes
+    assert above.get_title() == "Pico facts, latent: kin teacher" and below.get_title().startswith("Pico word problems")
+    assert [t.get_text() for t in above.get_xticklabels()] == ["4", "8"]
+    lines = [c.lines[0] for c in above.containers]
+    assert [c.get_label() for c in above.containers] == list(regimes.WAYS)
+    assert all(line.get_ydata() == pytest.approx([4.0, 8.0]) for line in lines)
+    assert len({line.get_marker() for line in lines}) == len(lines)
+    assert {line.get_linestyle() for line, way in zip(lines, regimes.WAYS, strict=True) if "states" in way} == {"-"}
+    ends = above.containers[0].lines[2][0].get_segments()[0][:, 1]
+    assert ends == pytest.approx([3.0, 6.0])
+    plt.close(figure)
