@@ -167,18 +167,19 @@ class Regimes(_Strict):
     """Of the map of regimes: how many training examples, in how many steps, on which tasks (by default the first).
 
     ``again`` has further tasks of the map alone, on which what is found is looked for once more, and for each how many
-    examples.
+    examples; with none it is out.
     """
 
     examples: list[Annotated[int, Field(ge=1)]] = Field([8, 32, 128], min_length=1)
     steps: int = Field(120, ge=2)  # optimizer steps of every cell, about
     tasks: list[str] = []
-    again: dict[str, Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)]] = {}
+    again: dict[str, list[Annotated[int, Field(ge=1)]]] = {}
 
     @property
     def counts(self) -> dict[str, list[int]]:
         """By task of the map its numbers of examples, from few to many."""
-        return {task: sorted(self.examples) for task in self.tasks} | {t: sorted(n) for t, n in self.again.items()}
+        further = {task: sorted(examples) for task, examples in self.again.items() if examples}
+        return {task: sorted(self.examples) for task in self.tasks} | further
 
 
 class Search(_Strict):
@@ -261,8 +262,8 @@ class Profile(TrialSettings):
         for key in ("search", "regimes"):
             for at, task in enumerate(getattr(self, key).tasks):
                 _one_of(task, self.tasks, f"{key}.tasks.{at}")
-        for task in self.regimes.again:
-            _one_of(task, self.tasks, "regimes.again")
+        for task, examples in self.regimes.again.items():
+            _one_of(task, self.tasks if examples else tasks, "regimes.again")
         if self.data == "classroom":
             for split, most in classroom_sizes().items():
                 if (asked := getattr(self.sizes, split) or 0) > most:

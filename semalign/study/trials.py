@@ -37,7 +37,8 @@ TEACHER = "teacher"  # the name under which the teacher answers
 PLACEBO = "placebo"  # the split of questions that nobody can know, and the name under which a trial keeps them
 READER = "semalign.profiles"  # reads a profile; what it has read is in a trial's key
 RESPONSE = 400  # characters of an answer's text that are kept
-VERIFIED = PACKAGE.parent / "book" / "trials" / "verified.json"  # see semalign.study.kept.verify
+VERIFIED = PACKAGE.parent / "book" / "trials" / "verified.json"
+"""What :func:`semalign.study.kept.verify` found of the code of now."""
 
 
 def seeds_of(method: str, seeds: Sequence[int]) -> Sequence[int]:

@@ -11,6 +11,7 @@ import torch
 from test_alignment import changed, make_pair, settings, student, task, teacher, watched_steps
 from torch.nn import functional as F
 
+from semalign.lm.examples import encode
 from semalign.lm.parts import decoder_layers, head_weight
 from semalign.methods import REGISTRY, version_two
 from semalign.methods.version_two import attributed_pairs, fisher_quadratic, geometry_loss, token_relations
@@ -146,7 +147,7 @@ def test_the_metric_of_a_map_is_what_the_geometry_is_held_against() -> None:
 
 
 def test_the_teachers_states_as_inputs_have_its_directions_and_the_students_lengths() -> None:
-    encoded = version_two.encode(make_pair().tokenizer, task(3).train, max_length=64)
+    encoded = encode(make_pair().tokenizer, task(3).train, max_length=64)
     fed = version_two.below(make_pair(student, student), encoded, (1, 2, 3))
     assert set(fed) == {2, 3}
     model = student()
