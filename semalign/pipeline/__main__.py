@@ -213,7 +213,8 @@ def verify(profile: str, cores: int) -> str:
     folder = ROOT / "results" / p.name / "verified"
     kept.unpack_trials(archive_of(p), folder / "kept")
     with ProcessPoolExecutor(cores, initializer=gc.freeze) as pool:  # see semalign.report.opened
-        apart = kept.verify(p, folder / "kept" / "trials", folder / "now", pool)
+        codes = read_json(kept.codes_path(archive_of(p)))["codes"]
+        apart = kept.verify(p, codes, folder / "kept" / "trials", folder / "now", pool)
     if not apart:
         return "no code has changed since the kept trials were made or verified"
     return f"{len(apart)} trials were made again: {kept.told(apart)}"

@@ -59,7 +59,9 @@ def codes_of(p: Profile) -> dict[str, dict[str, str]]:
     return {m: {" ".join(tasks): trials.code_key(m, tasks) for tasks in sorted(asked)} for m in methods}
 
 
-def verify(p: Profile, made: Path, folder: Path, pool: Executor) -> dict[str, float]:
+def verify(
+    p: Profile, codes: Mapping[str, Mapping[str, str]], made: Path, folder: Path, pool: Executor
+) -> dict[str, float]:
     """Make kept trials again by the code of now: of each method whose code has changed, one on each task of the search.
 
     They are the first student's, and ask the other tasks too where the profile does.
@@ -67,7 +69,8 @@ def verify(p: Profile, made: Path, folder: Path, pool: Executor) -> dict[str, fl
     now go into :data:`semalign.study.trials.VERIFIED` as those that were kept.
 
     Args:
-        p: the profile; what :func:`codes_of` said when its trials were kept lies beside their archive, as ``codes``.
+        p: the profile.
+        codes: what :func:`codes_of` said when its trials were kept; see :func:`codes_path`.
         made: a folder with the kept trials.
         folder: where those of now go; a call that was stopped goes on from it.
         pool: what makes trials side by side.
@@ -78,15 +81,15 @@ def verify(p: Profile, made: Path, folder: Path, pool: Executor) -> dict[str, fl
     Raises:
         RuntimeError: some differ, after the others were noted; the message names them.
     """
-    kept, now = read_json(codes_path(p))["codes"], codes_of(p)
-    changed = [m for m in now if m in kept and kept[m] != now[m]]
+    now = codes_of(p)
+    changed = [m for m in now if m in codes and codes[m] != now[m]]
     there = [(task, m) for m in changed for task in p.search.tasks if (made / _name(p, task, m)).exists()]
     waiting = {f"{task}/{m}": pool.submit(_made_again, p, task, m, made, folder) for task, m in there}
     apart = {name: one.result() for name, one in waiting.items()}
     alike = {m for _, m in there} - {m for task, m in there if apart[f"{task}/{m}"] > APART}
     other, same = [m for m in changed if m not in alike], dict[str, str]()
-    for m in kept.keys() & now.keys() - set(other):
-        same |= {trials.own_code(m, tuple(tasks.split())): key for tasks, key in kept[m].items()}
+    for m in codes.keys() & now.keys() - set(other):
+        same |= {trials.own_code(m, tuple(tasks.split())): key for tasks, key in codes[m].items()}
     if changed:
         before = read_json(trials.VERIFIED)["apart"] if trials.VERIFIED.exists() else {}
         write_json(trials.VERIFIED, {"same": same, "apart": {**before, **apart}}, indent=1)
@@ -114,9 +117,9 @@ def told(apart: Mapping[str, float]) -> str:
     return f"{len(alike)} with the same answers and {losses}"
 
 
-def codes_path(p: Profile) -> Path:
-    """Where the versions of a profile's kept trials are."""
-    return trials.VERIFIED.parent / f"{p.name}.json"
+def codes_path(archive: Path) -> Path:
+    """Where the versions of the trials in an archive are: a file beside it, whose ``codes`` they are."""
+    return archive.with_name(f"{archive.name.partition('.')[0]}.json")
 
 
 def _name(p: Profile, task: str, method: str) -> str:
@@ -231,7 +234,7 @@ def pack_trials(folder: str | Path, archive: str | Path) -> int:
 def pack_run(p: Profile, folder: str | Path, archive: Path) -> None:
     """Keep the trials of a profile's run below ``folder`` in ``archive``, and beside it the versions of their code."""
     pack_trials(folder, archive)
-    write_json(codes_path(p), {"codes": codes_of(p)}, indent=1)
+    write_json(codes_path(archive), {"codes": codes_of(p)}, indent=1)
 
 
 def unpack_trials(archive: str | Path, folder: str | Path) -> int:

@@ -26,7 +26,7 @@ from semalign.pipeline import book, notebooks
 from semalign.profiles import FOLDER, Profile, load_profile
 from semalign.report import load_metrics, save_metrics
 from semalign.study import trials, tuning
-from semalign.study.kept import version_of
+from semalign.study.kept import codes_path, version_of
 
 ROOT, ORDER = notebooks.ROOT, notebooks.ORDER
 
@@ -347,6 +347,7 @@ def test_trials_that_the_repository_keeps_are_a_runs_own_and_what_it_has_is_not_
     (folder / "trials/mmlu/sft-1.json").write_text("{")
     assert cli.main(["keep", "smoke", "--trials"]) == 0
     assert Path(capsys.readouterr().out.strip()) == cli.archive_of(p) and not (tmp_path / "book/full_run").exists()
+    assert set(read_json(codes_path(cli.archive_of(p)))["codes"]) == {"teacher", *p.methods}
     other = tmp_path / "elsewhere"
     write_json(other / "artefacts/trials/mmlu/sft-0.json", {**made, "method": "mine"})
     cli.take_kept(p, other)

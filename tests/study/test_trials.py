@@ -184,19 +184,20 @@ def test_code_that_got_the_kept_numbers_has_their_key_and_other_code_its_own(
     forget()
     own, codes = trials.code_key("sft", ("gsm8k",)), kept.codes_of(p)
     older = {m: {tasks: f"older {m}" for tasks in keys} for m, keys in codes.items()}
-    write_json(kept.codes_path(p), {"codes": {**older, "none": codes["none"], "gone": {"gsm8k": "a method of then"}}})
+    then = {**older, "none": codes["none"], "gone": {"gsm8k": "a method of then"}}
     with ThreadPoolExecutor(1) as pool:
         with pytest.raises(
             RuntimeError, match=r"^by this code the numbers of teacher differ .* PROFILE=smoke, or take"
         ):
-            kept.verify(p, tmp_path / "kept", tmp_path / "now", pool)
+            kept.verify(p, then, tmp_path / "kept", tmp_path / "now", pool)
         forget()
         assert trials.code_key("sft", ("gsm8k",)) == "older sft" != own
         assert trials.code_key("none", ("gsm8k",)) == codes["none"]["gsm8k"]
         assert trials.code_key("teacher", ("gsm8k",)) == codes["teacher"]["gsm8k"]
         assert "2 of the kept trials again: 1 with the same answers" in kept.verified()
-        write_json(kept.codes_path(p), {"codes": {"sft": older["sft"]}})
-        assert kept.verify(p, tmp_path / "kept", tmp_path / "now", pool) == {}  # what was verified need not be again
+        assert (
+            kept.verify(p, {"sft": older["sft"]}, tmp_path / "kept", tmp_path / "now", pool) == {}
+        )  # what was verified need not be again
     monkeypatch.undo()
     forget()
 
