@@ -56,9 +56,14 @@ def opened(profile: str, results: str | Path | None, changes: Mapping[str, Any])
 
 
 def data_name(p: Profile, task: str) -> str:
-    """What a figure calls the data of a task: the classroom's by their own name, a benchmark by its."""
+    """What a figure calls the data of a task: see :func:`called`."""
+    return called(p.data)[task]
+
+
+def called(data: str) -> dict[str, str]:
+    """What figures and sentences call the data of each task: the classroom's by their own name, a benchmark by its."""
     rows = yaml.safe_load((BOOK / "data_names.yaml").read_text(encoding="utf-8"))
-    return str(rows[task]["name" if p.data == "classroom" else "sibling"])
+    return {task: str(row["name" if data == "classroom" else "sibling"]) for task, row in rows.items()}
 
 
 def named(profile: Profile, changes: Mapping[str, Any]) -> str:

@@ -72,14 +72,9 @@ def data_names(p: Profile) -> dict[str, str]:
     return {task: f"{rows[task]['name']} ({rows[task]['sibling']}'s sibling)" for task in p.tasks}
 
 
-def called(data: str) -> dict[str, str]:
-    """What a sentence calls the data of each task: the classroom's by their own name, a benchmark by its."""
-    rows = yaml.safe_load((ROOT / "book" / "data_names.yaml").read_text(encoding="utf-8"))
-    return {task: str(row["name" if data == "classroom" else "sibling"]) for task, row in rows.items()}
-
-
 def findings_of(name: str, p: Profile, kept: Numbers, run: Numbers) -> tuple[str, str]:
     """A chapter's finding in the kept run, which is one on the classroom's data, and in this one."""
+    from semalign.report import called
     from semalign.study.findings import finding
 
     full = finding(name, kept.get(name, {}), called("classroom"))

@@ -22,6 +22,11 @@ ASKED = 200
 """At most so many test questions whose reference answers are read, at every epoch as well."""
 
 
+def label(name: str) -> str:
+    """The name of an arm as a part of a file's."""
+    return name.replace(",", "").replace(" ", "-")
+
+
 def answered(
     p: Profile,
     task: str,
@@ -46,13 +51,14 @@ def answered(
     right = {}
     for name, way in {"untouched": Way("none"), **ways}.items():
         changes = None if way.method == "none" else way.changes(p, task, examples, steps)
-        label = name.replace(",", "").replace(" ", "-")
         of_students = []
         for at, student in enumerate(p.students):
             taught = p.changed(student=student, sizes=sizes)
             seeds = trials.seeds_of(way.method, p.seeds[:SEEDS])
             made = [
-                trials.run_trial(taught, task, way.method, s, folder, changes=changes, variant=f"{label}-{at}", **how)
+                trials.run_trial(
+                    taught, task, way.method, s, folder, changes=changes, variant=f"{label(name)}-{at}", **how
+                )
                 for s in seeds
             ]
             of_students.append(trials.measured(made, task, measure))

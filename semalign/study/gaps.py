@@ -19,7 +19,7 @@ from semalign.models import load_pair
 from semalign.profiles import Pico, Profile, Random, Source, pico_names
 from semalign.study import trials
 from semalign.study.analysis import Estimate, over_seeds_and_items
-from semalign.study.regimes import Way
+from semalign.study.regimes import Way, most_examples
 
 WAYS = {
     "labels": Way("sft"),
@@ -31,8 +31,6 @@ WAYS = {
 WHOLE = "labels, whole layers"
 CEILINGS = {"labels": WAYS["labels"], WHOLE: Way("sft", {"trained": "layer"}, "sft")}
 """The better of the two, by the answer tokens predicted right, is a student's ceiling; see :func:`ceilings`."""
-EXAMPLES = 500
-"""At most so many training examples, of those that the map of regimes has."""
 AXES = ("width", "depth", "loss")
 """What a gap is measured in."""
 
@@ -79,7 +77,7 @@ def trained(p: Profile, task: str, rung: Rung, way: str, folder: str | Path) -> 
 
     What asks no teacher is the same training on every rung of a student.
     """
-    ways, made, examples = {**WAYS, **CEILINGS}, [], min(EXAMPLES, max(p.regimes.examples))
+    ways, made, examples = {**WAYS, **CEILINGS}, [], most_examples(p)
     for teacher, student in zip(rung.teachers, rung.students, strict=True):
         of = ways.get(way)
         asks = of.asks if of else way == trials.TEACHER

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from semalign.lm.files import read_json, write_bytes, write_json
 from semalign.methods import REGISTRY
@@ -64,9 +63,9 @@ def verify(
 ) -> dict[str, float]:
     """Make kept trials again by the code of now: of each method whose code has changed, one on each task of the search.
 
-    They are the first student's, and ask the other tasks too where the profile does.
-    Where they all have the kept answers, and losses within :data:`APART`, the method keeps its numbers: its versions of
-    now go into :data:`semalign.study.trials.VERIFIED` as those that were kept.
+    They are the first student's, and ask the other tasks too where the profile does. Where they all have the kept
+    answers, and losses within :data:`APART`, the method keeps its numbers: its versions of now go into
+    :data:`semalign.study.trials.VERIFIED` as those that were kept.
 
     Args:
         p: the profile.
@@ -129,7 +128,6 @@ def _name(p: Profile, task: str, method: str) -> str:
 def _made_again(p: Profile, task: str, method: str, made: Path, folder: Path) -> float:
     """How far apart the numbers of a kept trial and of the same by the code of now are; 1 where an answer differs."""
     before = read_json(made / _name(p, task, method))
-    torch.set_num_threads(1)
     now = trials.run_trial(p, task, method, p.seeds[0], folder, others=p.others)
     if now["answers"] != before["answers"]:
         return 1.0

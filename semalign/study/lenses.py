@@ -39,8 +39,6 @@ SETTINGS = {
     "states alone": regimes.Way("semalign", {"interface": "stream", "map": "logit", "output_loss": "none"}, "sft"),
 }
 """How students are trained towards their partners, in all layers."""
-EXAMPLES = 500
-"""At most so many training examples, of those that the map of regimes has."""
 NO_STATES = {"layer_weight": 0.0, "teacher_layers": None}
 PARTNERS = ("depth rule", *OUTPUTS, "CKA", "reversed", "random")
 """The pairings that are compared."""
@@ -236,7 +234,7 @@ def taught(
         layers: for each student one teacher layer, from 1, for each of its layers; ``[]`` is no layer term at all.
         teachers: one for each student; by default the profile's.
     """
-    of, made, examples = SETTINGS[setting], [], min(EXAMPLES, max(p.regimes.examples))
+    of, made, examples = SETTINGS[setting], [], regimes.most_examples(p)
     asked = "test" if of.settings.get("output_loss") != "none" else None
     given = of.changes(p, task, examples, p.regimes.steps // 2)
     for at, own in enumerate(layers):

@@ -55,6 +55,8 @@ WAYS = {
 """What is compared, by the name that the map has for it."""
 
 
+MOST = 500
+"""At most so many of the map's training examples have the chapters that go on from it."""
 MARKERS = "osD^vPX"
 """Of the ways in a figure, which must be told apart without their colours too."""
 
@@ -66,6 +68,11 @@ def budget(examples: int, steps: int) -> dict[str, int]:
     """
     batch = 4 if examples <= 128 else 2 ** math.ceil(math.log2(examples / 32))
     return {"batch": batch, "epochs": max(2, round(steps / math.ceil(examples / batch)))}
+
+
+def most_examples(p: Profile) -> int:
+    """How many training examples the chapters that go on from the map have: its largest number, or :data:`MOST`."""
+    return min(MOST, max(p.regimes.examples))
 
 
 def kinds_of(p: Profile) -> list[str]:

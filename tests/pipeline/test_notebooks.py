@@ -106,7 +106,7 @@ def test_on_colab_the_cell_fetches_and_installs_and_elsewhere_it_does_nothing(
     assert [c[0] for c in ran] == ["git", sys.executable] and ran[0][-2:] == ["https://example.org/owner/name", book]
     assert "trunk" in ran[0] and ran[1][-2:] == ["-e", book] and at == [f"{book}/notebooks"] * 2 and sys.path[0] == book
     kept, locked = (tmp_path / "locked.txt").read_text(), (ROOT / "requirements.lock").read_text()
-    assert "torch==" in locked and "torch==" not in kept.splitlines() and len(kept.splitlines()) == len(
+    assert "torch==" in locked and "\ntorch==" not in kept and len(kept.splitlines()) == len(
         locked.splitlines()
     ) - 1  # fmt: skip
 
