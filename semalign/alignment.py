@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from semalign.attribution import layer_attribution
+from semalign.attribution import layer_attribution, over_examples
 from semalign.lm.examples import Encoded, TaskData, collate, encode, supervised
 from semalign.lm.hooks import SUBLAYERS, capture, check_sublayers, float_logits
 from semalign.lm.parts import Model, decoder_layers, fingerprint, head_weight, norm_gain
@@ -232,16 +233,10 @@ def _check_widths(config: TransferConfig, matrix: Tensor | None, d_s: int, d_t: 
 
 
 def attributed(pair: Pair, teacher: Model, data: TaskData, config: TransferConfig) -> Tensor:
-    """The score of every teacher layer (L_T,) over a task's extract examples, summed over their supervised positions.
-
-    They are read one by one: the tensors that are kept for a teacher's backward pass are the peak of a run.
-    """
-    scores = torch.zeros(len(decoder_layers(teacher)))
-    for example in encode(pair.tokenizer, data.extract or data.align or data.train, max_length=config.max_length):
-        batch = collate([example], 0, head_weight(teacher).device)
-        part = layer_attribution(teacher, batch, point=config.attribution_point, reduce=config.attribution_reduce)
-        scores += part.cpu() * int(supervised(batch["labels"]).sum())
-    return scores
+    """The score of every teacher layer (L_T,) over all supervised positions of a task's extract examples."""
+    seeds = encode(pair.tokenizer, data.extract or data.align or data.train, max_length=config.max_length)
+    read = partial(layer_attribution, point=config.attribution_point, reduce=config.attribution_reduce)
+    return over_examples(teacher, seeds, read)
 
 
 def choose_layers(

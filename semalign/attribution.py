@@ -7,16 +7,16 @@ orthogonal to it. ``abs`` and ``l2`` do not have this blind spot.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from semalign.lm.examples import IGNORED
+from semalign.lm.examples import IGNORED, Encoded, collate, supervised
 from semalign.lm.hooks import POINTS, SUBLAYERS, capture, check_sublayers, skip_layers
-from semalign.lm.parts import Model, decoder_layers
+from semalign.lm.parts import Model, decoder_layers, head_weight
 
 REDUCES = ("signed", "abs", "l2")
 Batch = dict[str, Tensor]
@@ -124,6 +124,18 @@ def layer_attribution(
     if not per_token:
         scores = scores.sum((1, 2))
     return scores.sqrt() if reduce == "l2" else scores
+
+
+def over_examples(model: Model, encoded: Sequence[Encoded], read: Callable[[Model, Batch], Tensor]) -> Tensor:
+    """What ``read`` scores, summed over all supervised positions of the examples; the shape is that of its scores.
+
+    They are read one by one: the tensors that are kept for a teacher's backward pass are the peak of a run.
+    """
+    total = torch.zeros(())
+    for example in encoded:
+        batch = collate([example], 0, head_weight(model).device)
+        total = total + read(model, batch).cpu() * int(supervised(batch["labels"]).sum())
+    return total
 
 
 @torch.no_grad()

@@ -104,6 +104,13 @@ def load_metrics(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise ValueError(f"{path} is not a metrics file: delete it and run its notebook again") from None
 
 
+def entry(metrics: Any, path: Sequence[str]) -> Any:
+    """What metrics have at a path, a key a level; None where they lack it."""
+    for name in path:
+        metrics = metrics.get(name) if isinstance(metrics, Mapping) else None
+    return metrics
+
+
 def provenance_table(provenance: Mapping[str, Any]) -> str:
     """How a page was made, as a markdown table with a row for each thing that is known."""
     commit = str(provenance["commit"])[:12] + (" with uncommitted changes" if provenance["dirty"] else "")

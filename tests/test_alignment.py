@@ -338,6 +338,12 @@ def test_validation_losses_follow_each_epoch_and_change_nothing() -> None:
     assert all(r["layer_loss"] == pytest.approx(1 - r["cos"], abs=1e-5) and r["norm_ratio"] > 0 for r in records)
 
 
+def test_what_is_not_watched_is_not_read_and_the_student_is_the_same() -> None:
+    watched, alone = (transfer(make_pair(), task(8, validation=3), settings(watch=w)) for w in (True, False))
+    assert [r for r in watched.log if r["split"] == "train"] == alone.log
+    assert same_weights(watched.student, alone.student)
+
+
 def test_fisher_loss_trains() -> None:
     result = transfer(
         make_pair(), task(), settings(layer_loss="fisher", interface="stream", output_loss="none", epochs=6)

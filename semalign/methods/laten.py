@@ -464,7 +464,7 @@ def train(
 ) -> Trained:
     """Steps F and G: ``made(i)`` are the vectors for text i (-1 for the last), and the optimizer moves what makes them.
 
-    The step of the lowest validation loss is kept, the last one with ``released``.
+    The step of the lowest validation loss is kept, the last one with ``released``, so that it is watched in any case.
 
     Raises:
         DivergedError: a loss that is not finite.

@@ -161,10 +161,9 @@ def two_runs(name: str, p: Profile, kept: Numbers, run: Numbers) -> str:
 
 def _differences(metrics: Mapping[str, Any], path: str) -> dict[str, tuple[float, float, float]]:
     """Differences by row, each a mean and the ends of its interval; a row that has none of them is left out."""
-    table: Any = metrics
-    for key in path.split("/"):
-        table = table.get(key, {})
-    ends = ("mean", "low", "high")
+    from semalign.report import entry
+
+    table, ends = entry(metrics, path.split("/")) or {}, ("mean", "low", "high")
     return {
         row: (e["mean"], e["low"], e["high"])
         for row, e in table.items()

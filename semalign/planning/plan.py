@@ -339,7 +339,8 @@ def method_seconds(p: Profile, name: str, task: str, card: str) -> float:
     if way.teacher in ("chooses", "states", "all", "weights"):
         flops += 6 * t.parameters * p.sizes.extract * (asked["prompt"] + asked["answer"])
     if way.layers != "none":
-        flops += (4 * p.epochs + 2) * s.parameters * tokens
+        trained = tokens * p.sizes.train / (p.sizes.train + p.sizes.validation)
+        flops += (4 * p.epochs * trained + 2 * tokens) * s.parameters
     flops += 2 * t.parameters * p.sizes.validation * (asked["prompt"] + asked["answer"])  # for the comparison
     questions = p.sizes.test or asked["questions"]
     flops += 2 * s.parameters * questions * asked["prompt"]

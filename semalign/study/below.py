@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from semalign.alignment import choose_layers
+from semalign.attribution import over_examples
 from semalign.contributions import (
     MATRICES,
     contributions,
@@ -25,7 +27,7 @@ from semalign.contributions import (
     last_matrix,
     written,
 )
-from semalign.lm.examples import Encoded, TaskData, collate, supervised
+from semalign.lm.examples import Encoded, TaskData, collate
 from semalign.lm.hooks import capture
 from semalign.lm.parts import Model, decoder, decoder_layers, head_weight
 from semalign.methods.heads import paired, parts_of
@@ -98,12 +100,8 @@ def remainders(model: Model, example: Encoded) -> dict[str, float]:
 
 
 def heads_attributed(model: Model, encoded: Sequence[Encoded], reduce: str = "abs") -> Tensor:
-    """Attribution of every head (L, H) over all supervised positions of the examples, one of them after another."""
-    total = torch.zeros(())
-    for example in encoded:
-        batch = collate([example], 0, head_weight(model).device)
-        total = total + head_attribution(model, batch, reduce=reduce).cpu() * int(supervised(batch["labels"]).sum())
-    return total
+    """Attribution of every head (L, H) over all supervised positions of the examples."""
+    return over_examples(model, encoded, partial(head_attribution, reduce=reduce))
 
 
 def layer_pair(p: Profile, pair: Pair, data: TaskData) -> tuple[int, int]:

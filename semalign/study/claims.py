@@ -15,6 +15,7 @@ import numpy as np
 import yaml
 from scipy import stats
 
+from semalign.report import entry
 from semalign.study.analysis import Estimate, equivalence, holm
 from semalign.study.gates import NAMES, Gate
 
@@ -75,16 +76,16 @@ def load_claims(path: str | Path) -> list[Claim]:
             the message names the claim.
     """
     claims = []
-    for entry in yaml.safe_load(Path(path).read_text(encoding="utf-8")):
-        said = str(entry.get("claim", entry))
-        if unknown := set(entry) - set(Claim.__dataclass_fields__):
+    for row in yaml.safe_load(Path(path).read_text(encoding="utf-8")):
+        said = str(row.get("claim", row))
+        if unknown := set(row) - set(Claim.__dataclass_fields__):
             raise ValueError(f"claim {said!r} has the unknown key {sorted(unknown)[0]!r}: take it out, or correct it")
-        if isinstance(entry.get("paper"), list):
-            entry["paper"] = tuple(map(tuple, entry["paper"]))
+        if isinstance(row.get("paper"), list):
+            row["paper"] = tuple(map(tuple, row["paper"]))
         for name in ("ours", "range", "ceiling", "behind"):
-            if name in entry:
-                entry[name] = tuple(entry[name])
-        claim = Claim(**entry)
+            if name in row:
+                row[name] = tuple(row[name])
+        claim = Claim(**row)
         if (claim.above is None) == (claim.below is None) and not claim.reason:
             raise ValueError(f"claim {said!r} needs one of above and below, or the reason why it cannot be tested")
         if unknown := set(claim.behind) - set(NAMES):
@@ -103,30 +104,24 @@ def load_claims(path: str | Path) -> list[Claim]:
 def ours(claim: Claim, metrics: Mapping[str, Mapping[str, Any]]) -> Number | None:
     """Our number for a claim from the metrics by chapter; None where the run does not have it."""
     kept = metrics.get(claim.chapter, {})
-    at = _at(kept, claim.ours) if claim.ours else None
+    at = entry(kept, claim.ours) if claim.ours else None
     if isinstance(at, int | float):
         return Number(float(at))
     if not isinstance(at, Mapping):
         return None
     low, high = (at.get(end) for end in claim.range)
-    ceiling = _at(kept, claim.ceiling) if claim.ceiling else None
+    ceiling = entry(kept, claim.ceiling) if claim.ceiling else None
     ceiling = ceiling.get("mean") if isinstance(ceiling, Mapping) else ceiling
     return Number(
         at.get("mean", at.get("difference")), low, high, at.get("p"), at.get("error"), at.get("df"), ceiling
     )  # fmt: skip
 
 
-def _at(tree: Any, path: Sequence[str]) -> Any:
-    for step in path:
-        tree = tree.get(step) if isinstance(tree, Mapping) else None
-    return tree
-
-
 def published(claim: Claim, results: Mapping[str, Any]) -> str:
     """What the paper says, as words, a number, or a difference of two in points."""
     if isinstance(claim.paper, str):
         return claim.paper
-    numbers = [float(_at(results, path)) for path in claim.paper]
+    numbers = [float(entry(results, path)) for path in claim.paper]
     return f"{numbers[0] - numbers[1]:+.2f} points" if len(numbers) == 2 else f"{numbers[0]:.2f}"
 
 

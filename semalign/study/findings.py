@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
+from semalign.report import entry
+
 T = TypeVar("T")
 Metrics = Mapping[str, Any]
 """What a chapter hands to :func:`semalign.report.save_metrics`."""
@@ -451,11 +453,9 @@ def _rise(metrics: Metrics, name: str) -> float:
 
 
 def _at(metrics: Any, *path: str) -> Any:
-    for name in path:
-        if not isinstance(metrics, Mapping) or metrics.get(name) is None:
-            raise _Absent(name)
-        metrics = metrics[name]
-    return metrics
+    if (value := entry(metrics, path)) is None:
+        raise _Absent(path)
+    return value
 
 
 def _called(metrics: Metrics, task: str) -> str:

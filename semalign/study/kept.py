@@ -230,9 +230,16 @@ def pack_trials(folder: str | Path, archive: str | Path) -> int:
 
 
 def pack_run(p: Profile, folder: str | Path, archive: Path) -> None:
-    """Keep the trials of a profile's run below ``folder`` in ``archive``, and beside it the versions of their code."""
+    """Keep the trials of a profile's run below ``folder`` in ``archive``, and beside it the versions of their code.
+
+    What :func:`verify` found to differ is forgotten: the run has made it again.
+    """
     pack_trials(folder, archive)
     write_json(codes_path(archive), {"codes": codes_of(p)}, indent=1)
+    if trials.VERIFIED.exists():
+        known = read_json(trials.VERIFIED)
+        alike = {name: apart for name, apart in known["apart"].items() if apart <= APART}
+        write_json(trials.VERIFIED, {**known, "apart": alike}, indent=1)
 
 
 def unpack_trials(archive: str | Path, folder: str | Path) -> int:

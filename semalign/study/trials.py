@@ -294,10 +294,12 @@ def config_of(p: Profile, seed: int) -> TransferConfig:
 
 
 def _config(p: Profile, pair: Pair, seed: int) -> TransferConfig:
+    """A trial's configuration: what it watches is read once, by :func:`compare`, and nobody reads its log."""
+    config = replace(config_of(p, seed), watch=False)
     if p.layer is None:
-        return config_of(p, seed)
+        return config
     depths = [len(decoder_layers(load())) for load in (pair.load_teacher, pair.load_student)]
-    return replace(config_of(p, seed), layers=(critical_pair(p.layer, *depths)[1],))
+    return replace(config, layers=(critical_pair(p.layer, *depths)[1],))
 
 
 def ask(p: Profile, pair: Pair, model: Any, task: str, asked: Sequence[Row], samples: int = 1) -> benchmarks.Evaluation:

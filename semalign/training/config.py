@@ -63,6 +63,7 @@ class TransferConfig:
     max_length: int = 512
     top_k: int = 64  # teacher logits kept for a divergence; ``reverse_kl`` keeps all where they fit
     target_dtype: str = "float16"
+    watch: bool = True  # the validation losses before training and after each epoch, into the log
     seed: int = 0
     folder: str | Path | None = None  # checkpoints; an interrupted run with the same inputs resumes from here
     cache_folder: str | Path | None = None  # supervision, shared between runs

@@ -240,7 +240,7 @@ def _steps(run: Run, stage: Stage, folder: Path, state: dict[str, Any]) -> str |
         stage.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
     lengths = [len(e.input_ids) for e in run.data[: run.n_train]]
-    validation = list(range(run.n_train, len(run.data)))
+    validation = list(range(run.n_train, len(run.data))) if config.watch else []
     total = config.epochs * math.ceil(run.n_train / config.batch)
     plan = [(e, b) for e in range(1, config.epochs + 1) for b in batches(lengths, config.batch, config.seed, e)]
     good = copied(stage.parameters)

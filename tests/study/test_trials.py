@@ -198,6 +198,8 @@ def test_code_that_got_the_kept_numbers_has_their_key_and_other_code_its_own(
         assert (
             kept.verify(p, {"sft": older["sft"]}, tmp_path / "kept", tmp_path / "now", pool) == {}
         )  # what was verified need not be again
+        kept.pack_run(p, tmp_path / "now", tmp_path / "book" / "smoke.tar.xz")
+        assert "1 of the kept trials again: 1 with the same answers" in kept.verified()  # the other was made again
     monkeypatch.undo()
     forget()
 
