@@ -230,7 +230,7 @@ class Profile(TrialSettings):
     tasks: list[str] = Field(["mmlu", "gsm8k", "humaneval", "mbpp"], min_length=1)  # the first is worked through
     seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1)
     decisive_seeds: list[Annotated[int, Field(ge=0)]] = []  # of the comparison over students; empty: as the others
-    siblings_learn: Literal["all", "decisive"] = "all"  # every method, or those of the comparison over students alone
+    contest_seeds: list[Annotated[int, Field(ge=0)]] = []  # of all other methods over students; empty: as the others
     fine_tuned_teachers: dict[str, Source] = {}  # of table 2, by name; each has the teacher's vocabulary
     methods: list[str] = Field(["none", "sft", "semalign"], min_length=1)  # rows of table 1
     hyperparameters: dict[str, dict[str, Any]] = {}  # a method's own; what differs by task, ``by_task``
@@ -241,7 +241,7 @@ class Profile(TrialSettings):
     answer_batch_size: int | None = Field(None, ge=1)  # questions answered at once; None: as eval_batch_size
     trial_jobs: bool = True  # method x task x seed as jobs side by side, or inside the chapters
 
-    @pydantic.field_validator("tasks", "seeds", "decisive_seeds", "methods")
+    @pydantic.field_validator("tasks", "seeds", "decisive_seeds", "contest_seeds", "methods")
     @classmethod
     def _different(cls, values: list[Any]) -> list[Any]:
         if len(set(values)) < len(values):

@@ -227,7 +227,7 @@ def archive_of(p: Profile) -> Path:
 
 def finished_trials(p: Profile, folder: Path) -> Iterator[dict[str, Any]]:
     """The trials in a run's folder that its profile has: of its tasks; without a variant, of its methods and seeds."""
-    methods, seeds = {"teacher", "none", *p.methods}, {*p.seeds, *p.decisive_seeds}
+    methods, seeds = {"teacher", "none", *p.methods}, {*p.seeds, *p.decisive_seeds, *p.contest_seeds}
     for path in (path for task in p.tasks for path in sorted((folder / task).glob("*.json"))):
         trial = read_json(path)
         if trial["variant"] or (trial["method"] in methods and trial["seed"] in seeds):

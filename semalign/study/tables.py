@@ -52,11 +52,6 @@ def over_students(
     return right
 
 
-def whom_all_teach(p: Profile) -> Profile:
-    """The profile with those students alone that every method teaches: all, or the first (``siblings_learn``)."""
-    return p if p.siblings_learn == "all" else p.changed(siblings=[], kin_teachers=p.kin_teachers[:1])
-
-
 def pooled(found: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], metric: str) -> torch.Tensor:
     """What the trials of each student say by task, as one: (students, seeds, items of all tasks).
 

@@ -71,9 +71,8 @@ def test_every_student_is_asked_under_its_own_name_and_the_first_one_under_none(
         ("none", 3, "", "pico-s"), ("none", 3, "sibling1", "pico-s-1"), ("none", 3, "sibling2", "pico-s-2")
     ]  # fmt: skip
     assert asked[3:5] == [("sft", 3, "", "pico-s"), ("sft", 4, "", "pico-s")]
-    # Without its siblings a profile has the first student's trials, and no others: their keys are the same.
-    alone = tables.whom_all_teach(p.changed(siblings_learn="decisive"))
-    assert tables.whom_all_teach(p.changed(siblings_learn="all")).students == p.students
+    # Where no seeds are given they are the profile's, and without siblings a profile has the first student's trials.
+    alone = p.changed(siblings=[], kin_teachers=[])
     del asked[:]
     assert tables.over_students(alone, TASK, ["sft"], "folder")["sft"].shape == (1, 2, 4)
     assert asked == [("sft", 0, "", "pico-s"), ("sft", 1, "", "pico-s")]
