@@ -52,6 +52,44 @@ def over_students(
     return right
 
 
+def draw_contest(gains: Mapping[tuple[str, str], analysis.Estimate], called: Mapping[str, str]) -> Any:
+    """Gains over the untouched students in points: a panel a task, a row a method, the largest mean over tasks first.
+
+    Args:
+        gains: by method and task.
+        called: what titles call the data of each task.
+    """
+    import matplotlib.pyplot as plt
+
+    tasks = list(dict.fromkeys(task for _, task in gains))
+    methods = by_gain(gains)
+    figure, axes = plt.subplots(
+        1, len(tasks), figsize=(2.4 * len(tasks) + 1.5, 0.27 * len(methods) + 1), sharey=True, squeeze=False
+    )
+    for ax, task in zip(axes[0], tasks, strict=True):
+        for row, m in enumerate(methods):
+            if e := gains.get((m, task)):
+                bar = [[100 * (e.mean - e.low)], [100 * (e.high - e.mean)]]
+                ax.errorbar(100 * e.mean, row, xerr=bar, fmt="o", ms=4, capsize=2, color=REGISTRY[m].colour)
+        ax.axvline(0, color="0.5", lw=1)
+        ax.set(title=called[task], xlabel="points")
+        ax.set(yticks=range(len(methods)), yticklabels=methods)
+    axes[0, 0].invert_yaxis()
+    return figure
+
+
+def by_gain(gains: Mapping[tuple[str, str], analysis.Estimate]) -> list[str]:
+    """The methods of gains by method and task, the largest mean over tasks first."""
+    of = {m: [e.mean for (name, _), e in gains.items() if name == m] for m, _ in gains}
+    return sorted(of, key=lambda m: -sum(of[m]) / len(of[m]))
+
+
+def points(e: analysis.Estimate) -> str:
+    """A difference in points with its interval, and a star where that leaves out zero."""
+    star = " *" if e.low > 0 or e.high < 0 else ""
+    return f"{100 * e.mean:+.1f} ({100 * e.low:+.1f} to {100 * e.high:+.1f}){star}"
+
+
 def pooled(found: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], metric: str) -> torch.Tensor:
     """What the trials of each student say by task, as one: (students, seeds, items of all tasks).
 

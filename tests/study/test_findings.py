@@ -106,8 +106,15 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {
             "verdicts": {"mmlu": {"taught": True, "by states": True}, "gsm8k": {"taught": True, "by states": False}},
             "differences": {"mmlu / twin": e(0.01, 0.0, 0.02), "gsm8k / twin": e(-0.01, -0.02, 0.0)},
+            "gains": {
+                "mmlu / seeking": e(0.4, 0.3, 0.5), "gsm8k / seeking": e(0.2, 0.1, 0.3),
+                "mmlu / laten": e(0.5, 0.4, 0.6), "gsm8k / laten": e(0.0, -0.1, 0.1),
+            },
         },
-        ["on 2 of 2 tasks", "states on 1", "+1.0 points (+0.0 to +2.0) on mmlu"],
+        [
+            "on 2 of 2 tasks", "states on 1", "+1.0 points (+0.0 to +2.0) on mmlu",
+            "Of 2 other methods 1 gain on every task, and the most `seeking` does: +30.0 points",
+        ],
     ),
     "13_rivals": (
         {"differing": {"laten": 47104, "laten_released": 0}, "moved": 9.5e-6},

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from semalign.profiles import Profile, load_profile
-from semalign.study import tables, trials
+from semalign.study import analysis, tables, trials
 
 TASK, OTHER = "mmlu", "gsm8k"
 KNOWN = ("both", "both", "teacher", "none")
@@ -51,6 +51,24 @@ def test_gains_are_against_those_controls_that_were_run() -> None:
     assert tables.gains(RUNS, TASK, "loss")["none"].loc["semalign", "mean"] == 0.25  # a lower loss is a gain
     same = {**RUNS, "sft_layer": RUNS["sft"]}
     assert tables.gains(same, TASK, "answers")["sft_layer"].loc["sft", "mean"] == 0
+
+
+def test_gains_are_drawn_in_points_from_the_largest_mean_down() -> None:
+    def e(mean: float) -> analysis.Estimate:
+        return analysis.Estimate(mean, mean - 0.05, mean + 0.1, 0.5, 0.02, 4.0, 2, 3)
+
+    gains = {("sft", TASK): e(0.1), ("seeking", TASK): e(-0.02), ("sft", OTHER): e(0.0), ("seeking", OTHER): e(0.3)}
+    assert tables.by_gain(gains) == ["seeking", "sft"]
+    assert [tables.points(gains["sft", t]) for t in (TASK, OTHER)] == [
+        "+10.0 (+5.0 to +20.0) *",
+        "+0.0 (-5.0 to +10.0)",
+    ]
+    figure = tables.draw_contest(gains, {TASK: "facts", OTHER: "word problems"})
+    left, right = figure.axes
+    assert [ax.get_title() for ax in (left, right)] == ["facts", "word problems"]
+    assert [t.get_text() for t in left.get_yticklabels()] == ["seeking", "sft"]
+    dots = [[float(line.get_xdata()[0]) for line in ax.lines if line.get_marker() == "o"] for ax in (left, right)]
+    assert dots == [pytest.approx([-2.0, 10.0]), pytest.approx([30.0, 0.0])]
 
 
 def test_every_student_is_asked_under_its_own_name_and_the_first_one_under_none(
