@@ -214,12 +214,12 @@ def students(metrics: Metrics) -> str:
     return (
         f"SemAlign, tuned, lies above the untouched students on {taught} of {_count(len(verdicts), 'task')}, and owes "
         f"it to the teacher's states on {by_states}. Against its twin without the layer term it makes "
-        f"{', '.join(twin)}.{_part(lambda: _others(metrics)) or ''}"
+        f"{', '.join(twin)}.{_part(lambda: _contest(metrics)) or ''}"
     )
 
 
-def _others(metrics: Metrics) -> str:
-    """Of chapter 12b: how many of the other methods gain on every task, and which of them the most."""
+def _contest(metrics: Metrics) -> str:
+    """Of chapter 12b: how many of the methods gain on every task, and which of them the most."""
     of: dict[str, list[Mapping[str, Any]]] = {}
     for key, e in _mapping(metrics, "gains").items():
         of.setdefault(key.partition(" / ")[2], []).append(e)
@@ -227,7 +227,7 @@ def _others(metrics: Metrics) -> str:
     mean = {m: sum(_number(e, "mean") for e in found) / len(found) for m, found in of.items()}
     best = max(mean, key=lambda m: mean[m])
     return (
-        f" Of {_count(len(of), 'other method')} {len(everywhere)} gain on every task, and the most `{best}` does: "
+        f" Of {_count(len(of), 'method')} {len(everywhere)} gain on every task, and the most `{best}` does: "
         f"{100 * mean[best]:+.1f} points in the mean over tasks."
     )
 

@@ -18,8 +18,8 @@ from semalign.semantics import recompose, semantic_bases, semantic_map
 from semalign.training.config import TransferConfig
 
 PAGE = pages.text("method")
-NO_HYPERPARAMETER = {"folder", "cache_folder", "checkpoint_every"}
-"""Where files go."""
+NO_HYPERPARAMETER = {"folder", "cache_folder", "checkpoint_every", "watch"}
+"""Where files go, and what a log has."""
 
 
 def test_the_algorithm_has_twelve_lines_and_its_calls_exist() -> None:

@@ -113,7 +113,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         },
         [
             "on 2 of 2 tasks", "states on 1", "+1.0 points (+0.0 to +2.0) on mmlu",
-            "Of 2 other methods 1 gain on every task, and the most `seeking` does: +30.0 points",
+            "Of 2 methods 1 gain on every task, and the most `seeking` does: +30.0 points",
         ],
     ),
     "13_rivals": (
