@@ -142,6 +142,8 @@ def two_runs(name: str, p: Profile, kept: Numbers, run: Numbers) -> str:
 
     The rows are those that both runs have, so that a reader compares like with like; in points, with 95 % intervals.
     """
+    from semalign.report import called
+
     if name not in COMPARED:
         return ""
     path, rows = COMPARED[name]
@@ -150,8 +152,10 @@ def two_runs(name: str, p: Profile, kept: Numbers, run: Numbers) -> str:
     if not both or full == own:
         return ""
     tabs = []
-    for label, table in (("The full run", full), (f"This run ({p.name})", own)):
-        lines = [f"| {row} | {' | '.join(f'{100 * table[row][n]:+.1f}' for n in range(3))} |" for row in both]
+    for label, table, data in (("The full run", full, "classroom"), (f"This run ({p.name})", own, p.data)):
+        names = called(data)
+        shown = {row: " / ".join(names.get(part, part) for part in row.split(" / ")) for row in both}
+        lines = [f"| {shown[row]} | {' | '.join(f'{100 * table[row][n]:+.1f}' for n in range(3))} |" for row in both]
         head = f"| {rows} | points | 95 % from | to |\n|---|--:|--:|--:|"
         more = len(table) - len(both)
         note = f"\n\nNot shown: {more} of its rows that the other run has not." if more else ""

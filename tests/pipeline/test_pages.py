@@ -105,6 +105,8 @@ def test_the_table_of_two_runs_stands_in_tabs_with_the_rows_that_both_have() -> 
     assert pages.two_runs("01_semantics", p, kept, run) == ""
     own["sft"]["mean"] = None
     assert pages.two_runs("05_mmlu", p, kept, run) == ""
+    named = ({"12b_students": {"differences": {"gsm8k / sft": full[m]}}} for m in ("sft", "gkd"))
+    assert "| Pico word problems / sft | +25.0 |" in pages.two_runs("12b_students", p, *named)
 
 
 def test_the_front_page_says_whose_findings_it_lists() -> None:
