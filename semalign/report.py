@@ -66,6 +66,11 @@ def called(data: str) -> dict[str, str]:
     return {task: str(row["name" if data == "classroom" else "sibling"]) for task, row in rows.items()}
 
 
+def row_called(row: str, called: Mapping[str, str]) -> str:
+    """The name of a row such as ``"gsm8k / sft"``, with the data of its task as they are ``called``."""
+    return " / ".join(called.get(part, part) for part in row.split(" / "))
+
+
 def named(profile: Profile, changes: Mapping[str, Any]) -> str:
     """What provenance calls a run: its profile's name, and what differs from it."""
     told = ", ".join(f"{name}={value}" for name, value in changes.items())

@@ -142,7 +142,7 @@ def two_runs(name: str, p: Profile, kept: Numbers, run: Numbers) -> str:
 
     The rows are those that both runs have, so that a reader compares like with like; in points, with 95 % intervals.
     """
-    from semalign.report import called
+    from semalign.report import called, row_called
 
     if name not in COMPARED:
         return ""
@@ -154,8 +154,8 @@ def two_runs(name: str, p: Profile, kept: Numbers, run: Numbers) -> str:
     tabs = []
     for label, table, data in (("The full run", full, "classroom"), (f"This run ({p.name})", own, p.data)):
         names = called(data)
-        shown = {row: " / ".join(names.get(part, part) for part in row.split(" / ")) for row in both}
-        lines = [f"| {shown[row]} | {' | '.join(f'{100 * table[row][n]:+.1f}' for n in range(3))} |" for row in both]
+        shown = {row_called(row, names): table[row] for row in both}
+        lines = [f"| {row} | {' | '.join(f'{100 * e[n]:+.1f}' for n in range(3))} |" for row, e in shown.items()]
         head = f"| {rows} | points | 95 % from | to |\n|---|--:|--:|--:|"
         more = len(table) - len(both)
         note = f"\n\nNot shown: {more} of its rows that the other run has not." if more else ""
