@@ -7,11 +7,13 @@
 # What decides whether something runs again is the digest beside each finished file, which is in a name and so an output:
 # not modification times, nor Snakemake's own memory, so that a finished folder can be handed to somebody else.
 import os
+import shlex
 import sys
 from pathlib import Path
 
 sys.path.insert(0, workflow.basedir)
 from semalign.pipeline import book as the_book
+from semalign.pipeline import forks
 from semalign.pipeline import notebooks as chapters
 from semalign.pipeline.__main__ import announce, check, disown, lock, watch_owners
 from semalign.planning.plan import job_needs
@@ -31,10 +33,12 @@ GPU = int(CHOSEN.device != "cpu")  # jobs that share a GPU run one after another
 # by a few, whatever the machine has.
 THREADS = 4 if GPU else 1
 PYTHON = config.get("python", sys.executable)
+JOB = shlex.join(forks.command(PYTHON, "semalign.pipeline"))  # where a run has imported everything once, a fork of that
 REMOTE = workflow.remote_exec  # this is a job of a cluster: it outlives the process that submitted it
 
 if REMOTE:
     disown()
+    os.environ.pop(forks.ADDRESS, None)  # its cores and memory are those of the job
     os.environ[GIVEN] = str(GPU)
 watch_owners()
 announce("SEMALIGN_SNAKEMAKE", os.getpid())
@@ -66,9 +70,9 @@ rule book:
     output:
         f"{RESULTS}/book/{the_book.book_digest(DIGESTS)}.built",
     params:
-        profile=PROFILE, results=RESULTS, python=PYTHON,
+        profile=PROFILE, results=RESULTS, job=JOB,
     shell:
-        "{params.python:q} -m semalign.pipeline book {params.profile:q} --results {params.results:q} && touch {output:q}"
+        "{params.job} book {params.profile:q} --results {params.results:q} && touch {output:q}"
 
 
 rule notebooks:
@@ -82,7 +86,7 @@ rule trial:
         f"{RESULTS}/artefacts/trials/{{task}}/{{method}}-{{seed}}.json",
         f"{RESULTS}/artefacts/trials/{{task}}/{{method}}-{{seed}}.json.{TRIAL_DIGEST}",
     params:
-        profile=PROFILE, results=RESULTS, python=PYTHON,
+        profile=PROFILE, results=RESULTS, job=JOB,
     threads: 1
     priority: -100
     group:
@@ -90,7 +94,7 @@ rule trial:
     resources:
         gpu=GPU, turn=1, **job_needs(CHOSEN, "trial"),
     shell:
-        "OMP_NUM_THREADS={threads} {params.python:q} -m semalign.pipeline trial {params.profile:q} {wildcards.task} "
+        "OMP_NUM_THREADS={threads} {params.job} trial {params.profile:q} {wildcards.task} "
         "{wildcards.method} {wildcards.seed} --results {params.results:q}"
 
 
@@ -109,11 +113,11 @@ for name in RUN:
         log:
             f"{RESULTS}/notebooks/{name}.ipynb",
         params:
-            notebook=name, profile=PROFILE, results=RESULTS, python=PYTHON, digest=DIGESTS[name],
+            notebook=name, profile=PROFILE, results=RESULTS, job=JOB, digest=DIGESTS[name],
         threads: THREADS
         priority: -list(RUN).index(name)
         resources:
             gpu=GPU, **job_needs(CHOSEN, name),
         shell:
-            "OMP_NUM_THREADS={threads} {params.python:q} -m semalign.pipeline notebook {params.notebook} "
+            "OMP_NUM_THREADS={threads} {params.job} notebook {params.notebook} "
             "{params.profile:q} --results {params.results:q} --planned {params.digest}"

@@ -185,11 +185,15 @@ class Regimes(_Strict):
 class Search(_Strict):
     """How many configurations of each family are tried, and on which tasks (by default the profile's first).
 
+    ``examples``: of training examples, there, in the controls, and where one ingredient is changed at a time; None: as
+    many as elsewhere.
+
     ``whole_layers`` says whether all layers of the student may be trained whole at once, in float32, for which a large
     model needs more than one card: in the search, and as the ceiling of the larger gaps. Otherwise adapters are.
     """
 
     draws: int = Field(8, ge=1, le=48)
+    examples: int | None = Field(None, ge=1)
     tasks: list[str] = []
     whole_layers: bool = True
 
@@ -309,6 +313,11 @@ class Profile(TrialSettings):
         """The least sandbox level: limits suffice for programs by models of ours, others' need namespaces."""
         ours = all(isinstance(model, Pico | Random) for model in self.answering)
         return "rlimits" if ours else "namespace"
+
+    @property
+    def searched(self) -> Profile:
+        """The same profile with as many training examples as its ``search`` has."""
+        return self.changed(sizes={"train": self.search.examples or self.sizes.train})
 
     def protocol(self, task: str) -> str:
         """How a task is asked."""

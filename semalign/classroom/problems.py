@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import sha256
 from typing import Any
 
@@ -207,19 +208,27 @@ def _number_program(rng: random.Random) -> tuple[str, str]:
 FAMILIES = {"xs": _list_program, "s": _text_program, "a, b": _number_program}
 
 
+@lru_cache(maxsize=4096)  # most programs are met several times, on the way to one of another split
+def _function(params: str, code: str) -> Any:
+    """The function of a program, which is built from the tables above, never from a model."""
+    return eval(f"lambda {params}: {code}")
+
+
 def program(rng: random.Random, params: str) -> Program:
     """A program over ``xs`` (a list), ``s`` (a text) or ``a, b`` (two numbers), with four calls that were run."""
     text, code = FAMILIES[params](rng)
     name = rng.choice(FUNCTIONS)
-    function: Any = eval(f"lambda {params}: {code}")  # built from the tables above, never from a model
+    function = _function(params, code)
     calls: list[tuple[str, str]] = []
     for attempt in range(20):
         if params == "xs":
             arguments: tuple[Any, ...] = ([rng.randint(-9, 20) for _ in range(rng.randint(3, 5))],)
         else:
             arguments = (rng.choice(WORDS),) if params == "s" else (rng.randint(1, 30), rng.randint(1, 20))
+        if len(calls) == 4:  # arguments are drawn all the same, so that what is drawn next does not depend on results
+            continue
         result = repr(function(*arguments))
-        if len(calls) < 4 and (attempt >= 12 or result not in [r for _, r in calls]):  # equal results test little
+        if attempt >= 12 or result not in [r for _, r in calls]:  # equal results test little
             calls.append((f"{name}({', '.join(repr(a) for a in arguments)})", result))
     if any(len(result) > 48 for _, result in calls):
         return program(rng, params)

@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 
 from semalign.lm.files import alive, locked, read_json
+from semalign.pipeline import forks
 from semalign.pipeline.notebooks import KEPT_ELSEWHERE, ORDER, ROOT, chapters_of, run_digest, stamp
 from semalign.planning.preflight import CHECKED, asks_more, before_models, checked, disks, preflight, tokens
 from semalign.profiles import Profile, load_profile
@@ -85,7 +86,7 @@ def check(profile: str, results: str, *, elsewhere: bool) -> None:
     p = load_profile(profile)
     if not asks_more(p, elsewhere=elsewhere):
         return
-    command = [sys.executable, "-m", "semalign.pipeline", "check", profile, "--results", results]
+    command = [*forks.command(sys.executable, "semalign.pipeline"), "check", profile, "--results", results]
     if subprocess.run([*command, *(["--elsewhere"] if elsewhere else [])]).returncode:
         sys.exit(1)
     if p.data == "benchmarks":
@@ -298,7 +299,8 @@ def run(profile: str, cores: str, until: str, results: Path | None = None) -> in
         "--shared-fs-usage", "persistence", "input-output", "software-deployment", "sources", "storage-local-copies",
     ]  # fmt: skip
     announce("SEMALIGN_RUN", os.getpid())
-    code = subprocess.run(command).returncode
+    with forks.forking(classroom=p.data == "classroom") if p.device == "cpu" else contextlib.nullcontext():
+        code = subprocess.run(command).returncode
     if code == 0 and until == "book":
         print(f"the book: {folder / 'book' / '_build' / 'html' / 'index.html'}")
     return code

@@ -13,7 +13,7 @@ from typing import Any
 import nbformat
 import yaml
 
-from semalign.pipeline import pages
+from semalign.pipeline import forks, pages
 from semalign.pipeline.notebooks import ROOT, chapters_of, contents, digest, missing
 from semalign.planning.plan import markdown, plan
 from semalign.profiles import Profile, ProfileError, load_profile
@@ -159,8 +159,7 @@ def build_book(profile: str, results: Path) -> Path:
         RuntimeError: Sphinx warned or failed; its output has been printed.
     """
     stage = stage_book(load_profile(profile), results)
-    jupyter_book = str(Path(sys.executable).with_name("jupyter-book"))
-    command = [jupyter_book, "build", str(stage), "-W", "-n", "--keep-going", "-q"]
+    command = [*forks.command(sys.executable, "semalign.pipeline.building"), str(stage)]
     done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     index = stage / "_build" / "html" / "index.html"
     if done.returncode or not index.exists():

@@ -14,6 +14,7 @@ from typing import Any
 
 import nbformat
 
+from semalign.pipeline import forks
 from semalign.planning.preflight import preflight
 from semalign.profiles import Profile, declared, load_profile
 
@@ -249,6 +250,8 @@ def run_notebook(name: str, profile: str, results: Path, planned: str = "") -> P
         raise NotebookFailed(f"what notebook {name} depends on was changed while the run went on: call it again")
     own = tempfile.TemporaryDirectory()
     leave_the_user_out(Path(own.name))
+    if forks.ADDRESS in os.environ:
+        forks.kernel_of_forks(Path(own.name))
     started, at = time.monotonic(), [0]
 
     class Progress(papermill.engines.NBClientEngine):

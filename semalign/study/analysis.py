@@ -35,27 +35,32 @@ def linear_cka(x: Tensor, y: Tensor, *, unbiased: bool = False) -> float:
         )
     x, y = (t.detach().double() - t.detach().double().mean(0) for t in (x, y))
     p, q = x.shape[1], y.shape[1]
-    if unbiased:
-        k, l = (_without_own_pairs(t @ t.T) for t in (x, y))  # noqa: E741 - the usual names of the two kernels
-        cross, scale = (k * l).sum(), torch.linalg.matrix_norm(k) * torch.linalg.matrix_norm(l)
-    elif len(x) * (p + q) < p * p + p * q + q * q:
-        k, l = x @ x.T, y @ y.T  # noqa: E741
+    if not unbiased and len(x) * (p + q) < p * p + p * q + q * q:
+        k, l = x @ x.T, y @ y.T  # noqa: E741 - the usual names of the two kernels
         cross, scale = (k * l).sum(), torch.linalg.matrix_norm(k) * torch.linalg.matrix_norm(l)
     else:
-        cross = (y.T @ x).square().sum()
-        scale = torch.linalg.matrix_norm(x.T @ x) * torch.linalg.matrix_norm(y.T @ y)
+        product = _of_different_states if unbiased else _of_kernels
+        cross, scale = product(x, y), product(x, x).clamp(min=0).sqrt() * product(y, y).clamp(min=0).sqrt()
     if not scale > 0:
         raise ValueError(UNVARIED)
     return float(cross / scale)
 
 
-def _without_own_pairs(gram: Tensor) -> Tensor:
-    """A Gram matrix (n, n) without its diagonal, and centred so that products of two such are unbiased (U-centring)."""
-    n = len(gram)
-    gram = gram - torch.diag(gram.diagonal())
-    sums = gram.sum(0) / (n - 2)
-    centred = gram - sums[:, None] - sums[None, :] + sums.sum() / (n - 1)
-    return centred - torch.diag(centred.diagonal())
+def _of_kernels(x: Tensor, y: Tensor) -> Tensor:
+    """<XX', YY'> of centred X (n, p) and Y (n, q), without a matrix (n, n)."""
+    return (y.T @ x).square().sum()
+
+
+def _of_different_states(x: Tensor, y: Tensor) -> Tensor:
+    """The same of the U-centred kernels, which pairs of different states alone make: without bias times n (n - 3).
+
+    Of centred X the rows of XX' add up to zero, so that without its diagonal k they add up to -k. With that the general
+    formula for kernels K and L of zero diagonal, tr KL + 1'K1 1'L1 / ((n - 1)(n - 2)) - 2 1'KL1 / (n - 2), needs
+    nothing but the two diagonals.
+    """
+    n, k, l = len(x), x.square().sum(1), y.square().sum(1)  # noqa: E741
+    own = k @ l
+    return _of_kernels(x, y) - own + k.sum() * l.sum() / ((n - 1) * (n - 2)) - 2 * own / (n - 2)
 
 
 def cka_matrix(rows: Sequence[Tensor], columns: Sequence[Tensor]) -> Tensor:

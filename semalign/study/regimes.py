@@ -37,7 +37,7 @@ class Way:
 
     def changes(self, p: Profile, task: str, examples: int, steps: int) -> dict[str, Any]:
         """What a trial of it is to change: what it is like, about so many steps (:func:`budget`), its own settings."""
-        return {**trials.hyperparameters(p, self.like, task), **budget(examples, steps), **self.settings}
+        return {**trials.hyperparameters(p, self.like, task), **budget(p, examples, steps), **self.settings}
 
 
 WAYS = {
@@ -61,12 +61,13 @@ MARKERS = "osD^vPX"
 """Of the ways in a figure, which must be told apart without their colours too."""
 
 
-def budget(examples: int, steps: int) -> dict[str, int]:
+def budget(p: Profile, examples: int, steps: int) -> dict[str, int]:
     """``batch`` and ``epochs`` with which so many examples make about so many steps, in two epochs or more.
 
-    Few examples are seen again and again; of many there are more in a step.
+    Few examples are seen again and again, as many in a step as the profile trains on, four at most; of many there are
+    more in a step.
     """
-    batch = 4 if examples <= 128 else 2 ** math.ceil(math.log2(examples / 32))
+    batch = min(4, p.batch_size) if examples <= 128 else 2 ** math.ceil(math.log2(examples / 32))
     return {"batch": batch, "epochs": max(2, round(steps / math.ceil(examples / batch)))}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from semalign.profiles import Profile
 from semalign.study.arms import WATCHED
 from semalign.study.regimes import Way, budget
 
@@ -33,7 +34,7 @@ PAIRS = {
 """What the chapter judges, by name: one arm minus another."""
 
 
-def arms(depth: int, width: int, length: int) -> dict[str, Way]:
+def arms(p: Profile, depth: int, width: int, length: int) -> dict[str, Way]:
     """The ways that are compared, by name, on a student of ``depth`` layers and ``width``.
 
     All have the rate of ``logit_kd``. The arm with the teacher's states as inputs is left out where those of examples
@@ -46,7 +47,7 @@ def arms(depth: int, width: int, length: int) -> dict[str, Way]:
     found = {ALONE: geometry(layer_weight=0.0)}
     found |= {f"geometry, {name}": geometry(map=kind) for name, kind in METRICS.items()}
     found["curvature"] = Way("fisher_frontier", {"map": "logit"}, "logit_kd")
-    epochs = budget(EXAMPLES, STEPS)["epochs"]
+    epochs = budget(p, EXAMPLES, STEPS)["epochs"]
     found |= {name: geometry(schedule="joint", epochs=epochs * (depth if all_ else 1)) for name, all_ in JOINT.items()}
     if 4 * (depth - 1) * width * length * (EXAMPLES + WATCHED) <= ROOM:
         found[FED] = geometry(inputs="teacher")

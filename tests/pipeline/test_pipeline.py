@@ -225,6 +225,7 @@ def test_whatever_is_killed_of_a_run_nothing_goes_on(tmp_path: Path, killed: str
             if any("ipykernel" in " ".join(_words(one)) for one in tree):
                 break
             time.sleep(0.1)
+        assert any("semalign.pipeline.forks" in " ".join(_words(one)) for one in tree)
         victim = next(one for one in tree if killed in " ".join(_words(one)))
         victim.kill()
         run.wait(timeout=10) if victim.pid == run.pid else None

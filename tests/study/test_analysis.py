@@ -58,6 +58,22 @@ def test_debiased_cka_does_not_mistake_width_for_likeness() -> None:
         linear_cka(draw(3, 2), draw(3, 2), unbiased=True)
 
 
+def test_debiased_cka_is_the_cosine_of_the_kernels_centred_without_their_diagonals() -> None:
+    """By its definition (U-centring), which needs matrices of states by states."""
+
+    def kernel(states: torch.Tensor) -> torch.Tensor:
+        k, n = (states.double() @ states.double().T).fill_diagonal_(0), len(states)
+        centred = k - k.sum(0) / (n - 2) - k.sum(1, keepdim=True) / (n - 2) + k.sum() / ((n - 1) * (n - 2))
+        return centred.fill_diagonal_(0)
+
+    for n, p, q in ((4, 2, 3), (40, 60, 80), (300, 7, 20)):
+        x, y = draw(n, p, seed=1) + 3, draw(n, q, seed=2)
+        y[:, :2] += x[:, :2]
+        k, l = kernel(x), kernel(y)  # noqa: E741
+        expected = ((k * l).sum() / (k.norm() * l.norm())).item()
+        assert linear_cka(x, y, unbiased=True) == pytest.approx(expected, abs=1e-9)
+
+
 @pytest.mark.parametrize("n", [12, 60])  # by Gram matrices, and by products of features
 def test_the_matrix_of_similarities_is_that_of_all_pairs(n: int) -> None:
     rows = [draw(n, 20, seed=i).cumsum(0) + 3 for i in range(3)]

@@ -14,7 +14,8 @@ from semalign.study import arms, causal, trials, version_two
 from semalign.study.regimes import Way
 from semalign.training.config import TransferConfig
 
-COMPARED = {**causal.ARMS, **version_two.arms(4, 128, 256)}
+SMOKE = load_profile("smoke")
+COMPARED = {**causal.ARMS, **version_two.arms(SMOKE, 4, 128, 256)}
 
 
 def test_an_arm_has_the_rate_of_what_it_is_like_and_its_own_settings_last(
@@ -55,13 +56,13 @@ def test_all_arms_name_methods_settings_and_arms_that_there_are() -> None:
     for way in COMPARED.values():
         assert set(way.settings) <= known | own_options(REGISTRY[way.method]) and way.like in ("", *REGISTRY)
     assert {one for both in causal.PAIRS.values() for one in both} <= set(causal.ARMS)
-    assert {one for both in version_two.PAIRS.values() for one in both} <= set(version_two.arms(4, 128, 256))
+    assert {one for both in version_two.PAIRS.values() for one in both} <= set(version_two.arms(SMOKE, 4, 128, 256))
     alike = [way.like for name, way in causal.ARMS.items() if name != "twin"]
     assert set(alike) == {"sft_layer"}
 
 
 def test_what_does_not_fit_into_memory_is_left_out_with_what_is_judged_by_it() -> None:
-    small, large = version_two.arms(4, 128, 256), version_two.arms(32, 4096, 512)
+    small, large = version_two.arms(SMOKE, 4, 128, 256), version_two.arms(SMOKE, 32, 4096, 512)
     assert set(small) - set(large) == {version_two.FED}
     assert set(version_two.PAIRS) - set(version_two.pairs(large)) == {"teacher's inputs minus own"}
     steps = [small[name].settings["epochs"] for name in version_two.JOINT]

@@ -16,9 +16,13 @@ from semalign.study.analysis import Estimate
 
 @pytest.mark.parametrize("examples", [1, 8, 32, 128, 240, 500, 1000])
 def test_every_number_of_examples_has_about_the_same_steps_in_two_epochs_or_more(examples: int) -> None:
-    given = regimes.budget(examples, 120)
+    p = load_profile("smoke")
+    given = regimes.budget(p, examples, 120)
     steps = given["epochs"] * math.ceil(examples / given["batch"])
     assert given["epochs"] >= 2 and 105 <= steps <= 140
+    assert regimes.budget(p.changed(batch_size=64), examples, 120) == given
+    if examples <= 128:
+        assert given["batch"] == 4 and regimes.budget(p.changed(batch_size=2), examples, 120)["batch"] == 2
 
 
 def test_what_asks_no_teacher_has_one_cell_for_all_kinds() -> None:

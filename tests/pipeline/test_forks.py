@@ -1,0 +1,148 @@
+"""``python -m`` as a fork: the same files, folder, environment and end as of a process of its own, and no imports."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from semalign.pipeline import forks
+
+PROBE = """
+import json, os, sys
+print(json.dumps({
+    "argv": sys.argv[1:], "folder": os.getcwd(), "given": os.environ.get("GIVEN"), "name": __name__,
+    "said": sys.stdin.read(), "imported": "transformers" in sys.modules, "home": sys.path[0],
+}))
+print("a complaint", file=sys.stderr)
+sys.exit(int(sys.argv[1]))
+"""
+
+
+@pytest.fixture(scope="module")
+def origin() -> Iterator[psutil.Process]:
+    with forks.forking():
+        own = next(one for one in psutil.Process().children() if "semalign.pipeline.forks" in " ".join(one.cmdline()))
+        _until(lambda: Path(os.environ[forks.ADDRESS]).exists())
+        yield own
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "probe.py").write_text(PROBE)
+    (tmp_path / "sleeper.py").write_text("import time\nprint('begun', flush=True)\ntime.sleep(60)")
+    return tmp_path
+
+
+def _until(holds: Callable[[], bool]) -> None:
+    for _ in range(600):
+        if holds():
+            return
+        time.sleep(0.1)
+    pytest.fail("it did not happen within a minute")
+
+
+def _sleeper(folder: Path) -> subprocess.Popen[str]:
+    asker = subprocess.Popen(
+        forks.command(sys.executable, "sleeper"), cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert asker.stdout and asker.stdout.readline() == "begun\n"
+    return asker
+
+
+def test_a_fork_is_what_python_m_is_but_for_the_imports(origin: psutil.Process, folder: Path) -> None:
+    plain = [sys.executable, "-m", "probe"]
+    for status in ("0", "3"):
+        own, fork = (
+            subprocess.run(
+                [*words, status, "a word"], cwd=folder, env={**os.environ, "GIVEN": "yes"}, input="a line",
+                text=True, capture_output=True,
+            )
+            for words in (plain, forks.command(sys.executable, "probe"))
+        )  # fmt: skip
+        assert own.returncode == fork.returncode == int(status)
+        assert own.stderr == fork.stderr == "a complaint\n"
+        alone, forked = json.loads(own.stdout), json.loads(fork.stdout)
+        assert forked.pop("imported") and not alone.pop("imported")
+        assert alone == forked
+    assert origin.children() == []
+
+
+def test_whoever_asks_ends_by_the_signal_that_ended_the_fork(origin: psutil.Process, folder: Path) -> None:
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        asker = _sleeper(folder)
+        origin.children()[0].send_signal(number)
+        assert asker.wait(timeout=10) == -number
+
+
+def test_a_fork_ends_with_whoever_asked(origin: psutil.Process, folder: Path) -> None:
+    asker = _sleeper(folder)
+    fork = origin.children()[0]
+    asker.kill()
+    asker.wait()
+    fork.wait(timeout=10)
+    assert origin.children() == []
+
+
+def test_whoever_asks_ends_with_its_parent(origin: psutil.Process, folder: Path) -> None:
+    """As a kernel does whose owner was killed: Jupyter starts it in a session of its own."""
+    words = forks.command(sys.executable, "sleeper")
+    code = f"import subprocess, time; subprocess.Popen({words!r}, start_new_session=True); time.sleep(60)"
+    owner = subprocess.Popen([sys.executable, "-c", code], cwd=folder, stdout=subprocess.DEVNULL)
+    _until(lambda: len(origin.children()) == 1)
+    fork = origin.children()[0]
+    owner.kill()
+    owner.wait()
+    fork.wait(timeout=10)
+
+
+def test_all_ends_with_the_run(folder: Path) -> None:
+    """The run's process is killed: its origin, the fork and whoever asked for it end; what was asked for is named."""
+    code = "import time; from semalign.pipeline.forks import *; c = forking(); c.__enter__()"
+    owner = subprocess.Popen(
+        [sys.executable, "-c", f"{code}; print(os.environ[ADDRESS], flush=True); time.sleep(60)"],
+        text=True, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert owner.stdout
+    address = owner.stdout.readline().strip()
+    _until(lambda: Path(address).exists())
+    own = psutil.Process(owner.pid).children()[0]
+    asker = subprocess.Popen(
+        forks.command(sys.executable, "sleeper"), cwd=folder, env={**os.environ, forks.ADDRESS: address},
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert asker.stdout and asker.stderr and asker.stdout.readline() == "begun\n"
+    family = [own, *own.children()]
+    assert len(family) == 2
+    owner.kill()
+    owner.wait()
+    assert psutil.wait_procs(family, timeout=10)[1] == []
+    assert asker.wait(timeout=10) == 1
+    assert asker.stderr.read() == "semalign: sleeper was stopped: the process that it was a fork of has ended\n"
+
+
+def test_where_nobody_answers_it_is_python_m_itself(folder: Path) -> None:
+    for address in ({}, {forks.ADDRESS: str(folder / "nobody")}):
+        bare = {name: value for name, value in os.environ.items() if name != forks.ADDRESS}
+        done = subprocess.run(
+            [*forks.command(sys.executable, "probe"), "4"], cwd=folder, env=bare | address, input="",
+            text=True, capture_output=True,
+        )  # fmt: skip
+        assert done.returncode == 4 and not json.loads(done.stdout)["imported"]
+
+
+def test_a_folder_too_deep_for_a_socket_is_no_hindrance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = tmp_path / ("deep" * 25)
+    deep.mkdir()
+    monkeypatch.delenv(forks.ADDRESS, raising=False)
+    monkeypatch.setattr(forks.tempfile, "tempdir", str(deep))
+    with forks.forking():
+        assert forks.ADDRESS not in os.environ
