@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from semalign.planning.work import WORK, Work, beside_tables
 from semalign.profiles import PACKAGE, Folder, Packaged, Pico, Profile, ProfileError, Random, Source, declared
 
 FILE = Path(__file__).with_name("configurations.yaml")
@@ -331,7 +332,7 @@ def kept_bytes(p: Profile) -> tuple[int, int]:
 def method_seconds(p: Profile, name: str, task: str, card: str) -> float:
     """Seconds of one trial on a card, by the rates assumed: the teacher's pass, training, and answering the test."""
     t, s, way, rates = shape_of(p.teacher), shape_of(p.student), WAYS[name], _file()["cards"][card]
-    asked = _file()["questions"].get(task) or {"prompt": 100, "answer": 50, "written": 50, "questions": 100}
+    asked = _asked(task)
     tokens, _ = positions(p, task)
     flops = 0.0
     if way.teacher in ("states", "all", "top"):
@@ -342,17 +343,45 @@ def method_seconds(p: Profile, name: str, task: str, card: str) -> float:
         trained = tokens * p.sizes.train / (p.sizes.train + p.sizes.validation)
         flops += (4 * p.epochs * trained + 2 * tokens) * s.parameters
     flops += 2 * t.parameters * p.sizes.validation * (asked["prompt"] + asked["answer"])  # for the comparison
-    questions = p.sizes.test or asked["questions"]
-    flops += 2 * s.parameters * questions * asked["prompt"]
-    seconds = flops / (rates["peak"] * 1e12 * rates["used"])
-    new = min(asked["written"], p.max_new_tokens or asked["written"])
-    seconds += _written(p, s, questions, new, rates)
+    seconds = _computed(flops, rates) + _answered(p, s, task, rates)
     if way.teacher == "writes":
         seconds += _written(p, t, p.sizes.train, asked["answer"], rates)
     for other in p.tasks if p.others else ():
         if other != task and (of := _file()["questions"].get(other)):
             seconds += _written(p, s, p.others, of["written"], rates)
     return seconds
+
+
+def work_seconds(p: Profile, work: Work, card: str) -> float:
+    """Seconds of a chapter's trainings of one kind: as of SemAlign in :func:`method_seconds`, by the same rates.
+
+    A training of which nothing else is known runs forward and backward through the whole student, with adapters.
+    """
+    t, s, rates = shape_of(p.teacher), shape_of(p.student), _file()["cards"][card]
+    asked, model = _asked(task=work.task), t if work.teacher else s
+    tokens = min(p.max_length, asked["prompt"] + asked["answer"])
+    flops = 4 * work.reads * tokens * model.parameters
+    if work.reads:
+        flops += 2 * t.parameters * (work.examples + p.sizes.validation) * tokens
+        flops += 2 * s.parameters * (work.examples + p.sizes.validation) * tokens
+    return work.trainings * (_computed(flops, rates) + (_answered(p, model, work.task, rates) if work.answers else 0.0))
+
+
+def _asked(task: str) -> dict[str, Any]:
+    """Tokens of a task's prompt, its reference answer and what is written to it, and how many questions it has."""
+    return dict(_file()["questions"].get(task) or {"prompt": 100, "answer": 50, "written": 50, "questions": 100})
+
+
+def _computed(flops: float, rates: dict[str, float]) -> float:
+    return flops / (rates["peak"] * 1e12 * rates["used"])
+
+
+def _answered(p: Profile, s: Shape, task: str, rates: dict[str, float]) -> float:
+    """Seconds in which a model answers the test questions of a task."""
+    asked = _asked(task)
+    questions = p.sizes.test or asked["questions"]
+    new = min(asked["written"], p.max_new_tokens or asked["written"])
+    return _computed(2 * s.parameters * questions * asked["prompt"], rates) + _written(p, s, questions, new, rates)
 
 
 def _written(p: Profile, s: Shape, questions: int, new: int, rates: dict[str, float]) -> float:
@@ -363,7 +392,10 @@ def _written(p: Profile, s: Shape, questions: int, new: int, rates: dict[str, fl
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that :func:`plan` found of a profile."""
+    """Everything that :func:`plan` found of a profile.
+
+    ``hours``: by card, of the ``trials`` of the tables; ``beside``: by card, of what each chapter trains beside them.
+    """
 
     profile: str
     methods: dict[str, Need]
@@ -373,11 +405,17 @@ class Plan:
     scratch: float
     tokens: int
     hours: dict[str, float]
+    beside: dict[str, dict[str, float]]
     trials: int
     mends: list[str] = field(default_factory=list)
 
+    @property
+    def whole(self) -> dict[str, float]:
+        """Hours of the whole run, by card."""
+        return {card: hours + sum(self.beside[card].values()) for card, hours in self.hours.items()}
 
-def plan(p: Profile, chapters: Iterable[str] = tuple(CHAPTERS)) -> Plan:
+
+def plan(p: Profile, chapters: Iterable[str] = tuple({**CHAPTERS, **WORK})) -> Plan:
     """What a profile needs, from configurations alone.
 
     Args:
@@ -388,15 +426,34 @@ def plan(p: Profile, chapters: Iterable[str] = tuple(CHAPTERS)) -> Plan:
     """
     seeded = {m: p.seeds if declared("methods")[m].get("seeded", True) else p.seeds[:1] for m in p.methods}
     trials = [(task, m) for task in p.tasks for m, own in seeded.items() for _ in own]
-    hours = {card: sum(method_seconds(p, m, task, card) for task, m in trials) / 3600 for card in _file()["cards"]}
+    cards, depth = list(_file()["cards"]), shape_of(p.student).layers
+    teacher = [Work(task, 1, answers=True, teacher=True) for task in p.tasks]
+    hours = {
+        card: sum([*(method_seconds(p, m, t, card) for t, m in trials), *(work_seconds(p, w, card) for w in teacher)])
+        / 3600
+        for card in cards
+    }
+    beside = {
+        card: {
+            name: sum(work_seconds(p, w, card) for w in works) / 3600
+            for name, works in beside_tables(p, depth, chapters).items()
+        }
+        for card in cards
+    }
     methods = {m: method_memory(p, m) for m in p.methods}
     of = {name: chapter_memory(p, name) for name in chapters if name in CHAPTERS}
     kept, scratch = kept_bytes(p)
     ids = {m.id for m in p.models if m.source == "hub"}
     tokens = sum(positions(p, task)[0] * p.epochs for task, m in trials if WAYS[m].layers != "none")
-    found = Plan(p.name, methods, of, downloads(ids), kept, scratch, tokens, hours, len(trials))
+    found = Plan(p.name, methods, of, downloads(ids), kept, scratch, tokens, hours, beside, len(trials))
     found.mends.extend(_mends(p, found))
     return found
+
+
+def _told(hours: dict[str, float]) -> str:
+    """A sum, and its largest parts."""
+    largest = sorted(hours, key=lambda name: -hours[name])[:4]
+    return f"{sum(hours.values()):.0f}: " + ", ".join(f"`{n}` {hours[n]:.1f}" for n in largest)
 
 
 def job_needs(p: Profile, name: str) -> dict[str, int]:
@@ -408,11 +465,15 @@ def job_needs(p: Profile, name: str) -> dict[str, int]:
     try:
         needs = [chapter_memory(p, name)] if name in CHAPTERS else [method_memory(p, m) for m in p.methods]
         trials = [method_seconds(p, m, task, "A100") for m in p.methods for task in p.tasks]
+        beside = beside_tables(p, shape_of(p.student).layers, [name]).get(name, [])
+        seconds = sum(work_seconds(p, work, "A100") for work in beside)
     except ProfileError:
         return {}
-    # A chapter that trains runs about as many variants as a table has trials of one task.
-    often = 1 if name == "trial" else len(p.methods) * len(p.seeds) if name in CHAPTERS else 0
-    minutes = math.ceil(2 * often * max(trials) / 60)
+    of_tables = name in CHAPTERS and CHAPTERS[name].methods == (
+        "*",
+    )  # all of them, where they are no jobs of their own
+    often = 1 if name == "trial" else len(p.methods) * len(p.seeds) if of_tables else 0
+    minutes = math.ceil(2 * (often * max(trials) + seconds) / 60)
     return {"mem_mb": int(1.25 * max(need.host for need in needs) / 1e6), "runtime": max(30, minutes)}
 
 
@@ -473,6 +534,8 @@ def markdown(found: Plan) -> str:
         f"| trials of the tables | {found.trials} |",
         f"| tokens read in their training | {found.tokens / 1e6:.0f} million |",
         *(f"| hours of these trials on one {card} | {hours:.0f} |" for card, hours in found.hours.items()),
+        *(f"| hours of what chapters train beside them on one {c} | {_told(of)} |" for c, of in found.beside.items()),
+        *(f"| hours of the whole run on one {card} | {hours:.0f} |" for card, hours in found.whole.items()),
         f"| rates assumed | {'; '.join(rates)} |",
         "",
     ]

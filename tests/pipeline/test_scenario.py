@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
 from working_copy import command, copy_to
 
+from semalign.lm.files import read_json
 from semalign.pipeline import ORDER
+from semalign.planning.work import WORK, beside_tables
+from semalign.profiles import Random, load_profile
 from semalign.report import load_metrics
 
 
@@ -68,3 +72,30 @@ def test_every_page_says_how_it_was_made(copy: Path) -> None:
             assert word in page.lower(), f"{name} does not say its {word}"
         _, provenance = load_metrics(copy / "results/smoke/metrics" / f"{name}.json")
         assert provenance["profile"] == "smoke"
+
+
+def test_what_the_plan_counts_is_what_was_trained(copy: Path) -> None:
+    """By the trials that the chapters left; towards equal partners, or by equal settings, they share one."""
+    p, artefacts = load_profile("smoke"), copy / "results/smoke/artefacts"
+    assert isinstance(p.student, Random)
+    work = beside_tables(p, p.student.config["num_hidden_layers"], WORK)
+    planned = {name: sum(w.trainings for w in of if not w.teacher) for name, of in work.items()}
+
+    def trained(folder: str) -> list[dict[str, Any]]:
+        found = [read_json(path) for task in p.tasks for path in (artefacts / folder / task).glob("*.json")]
+        return [trial for trial in found if trial["layers"]]
+
+    folders = {
+        "11_ablations": "ablations", "13b_regimes": "regimes", "16_below_the_layer": "below", "17_causal": "causal",
+        "18_pairing_from_outputs": "lenses", "19_larger_gaps": "gaps", "20_version_two": "version_two",
+    }  # fmt: skip
+    shared = {"11_ablations", "18_pairing_from_outputs"}
+    for name, folder in folders.items():
+        made = len(trained(folder))
+        assert made <= planned[name] <= (1.25 * made if name in shared else made), name
+    trials = trained("trials")
+    of_search = [t for t in trials if t["variant"].startswith(("final", "labels", "logits", "states"))]
+    assert len(of_search) == planned["14_search"]
+    assert len([t for t in trials if t["variant"] in p.fine_tuned_teachers]) == planned["09_fine_tuned_teachers"]
+    beside = [t for t in trials if not t["variant"] and t["method"] not in p.methods]
+    assert len(beside) == planned["12b_students"]

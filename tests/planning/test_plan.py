@@ -154,7 +154,8 @@ def test_the_papers_profiles_fit_one_card(name: str) -> None:
     assert max(need.gpu for need in [*found.chapters.values(), *found.methods.values()]) <= 80e9
     controls = [m for m in ("none", "semalign", "sft_layer", "random_target", "scrambled_tokens") if m in p.methods]
     assert len(controls) >= 4 and max(found.methods[m].gpu for m in controls) <= 40e9
-    assert found.hours["A100"] <= 40 < planning.plan(p.changed(answer_batch_size=8)).hours["A100"]
+    assert found.whole["A100"] <= 40 < planning.plan(p.changed(search={"examples": None})).whole["A100"]
+    assert planning.plan(p.changed(answer_batch_size=8)).hours["A100"] > 40 > found.whole["H100"]
     larger = planning.plan(p.changed(search={"whole_layers": True}), ["14_search"])
     assert "14_search does not fit 80 GB (whole layers in training): set search: {whole_layers: false}" in str(
         larger.mends
