@@ -146,3 +146,26 @@ def test_a_folder_too_deep_for_a_socket_is_no_hindrance(tmp_path: Path, monkeypa
     monkeypatch.setattr(forks.tempfile, "tempdir", str(deep))
     with forks.forking():
         assert forks.ADDRESS not in os.environ
+
+
+def test_what_a_fork_opened_is_closed_at_its_end(origin: psutil.Process, folder: Path) -> None:
+    """Functions of ``atexit`` and threads, as of a process of its own; and an error is shown, whatever it is."""
+    lines = [
+        "import atexit, tempfile, threading, time",
+        "own = tempfile.TemporaryDirectory(dir='.', prefix='own')",
+        "atexit.register(print, 'at the end')",
+        "threading.Thread(target=lambda: (time.sleep(0.3), print('a thread'))).start()",
+        "raise ArithmeticError('of its own')",
+    ]
+    (folder / "closing.py").write_text("\n".join(lines))
+    for words in ([sys.executable, "-m", "closing"], forks.command(sys.executable, "closing")):
+        done = subprocess.run(words, cwd=folder, text=True, capture_output=True)
+        assert done.returncode == 1 and done.stdout == "a thread\nat the end\n"
+        assert done.stderr.endswith("ArithmeticError: of its own\n")
+        assert list(folder.glob("own*")) == []
+
+
+def test_an_exit_with_a_sentence_is_an_error_that_says_it(origin: psutil.Process, folder: Path) -> None:
+    (folder / "leaving.py").write_text("raise SystemExit('not here')")
+    done = subprocess.run(forks.command(sys.executable, "leaving"), cwd=folder, text=True, capture_output=True)
+    assert (done.returncode, done.stderr) == (1, "not here\n")
