@@ -30,6 +30,8 @@ from typing import Any, NoReturn
 
 ADDRESS = "SEMALIGN_FORKS"
 """The variable of the environment with the socket at which forks are asked for."""
+FORWARDED = (signal.SIGINT, signal.SIGTERM)
+"""What is said to whoever asks is said to the fork: Jupyter interrupts a kernel before it asks it to end."""
 IMPORTS = (
     "ipykernel.kernelapp", "papermill", "matplotlib.pyplot", "seaborn", "transformers.models.llama.modeling_llama",
     "semalign.methods", "semalign.study.tables", "semalign.benchmarks.engine", "lm_eval.evaluator",
@@ -61,6 +63,8 @@ def ask(words: list[str]) -> int | None:
         sent = json.dumps(asked).encode()
         socket.send_fds(line, [_SIZE.pack(len(sent))], [0, 1, 2])
         line.sendall(sent)
+        for number in FORWARDED:
+            signal.signal(number, lambda n, _frame: line.sendall(bytes([n])))
         parent = os.getppid()
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
         try:
@@ -68,7 +72,10 @@ def ask(words: list[str]) -> int | None:
         except OSError:
             said = b""
         if not said:
-            raise RuntimeError(f"{' '.join(words)} was stopped: the process that it was a fork of has ended")
+            raise RuntimeError(
+                f"{' '.join(words)} was stopped, since the process of the run that it was a fork of has ended: call "
+                "it again"
+            )
     return int(_SIZE.unpack(said)[0])
 
 
@@ -134,6 +141,7 @@ class Origin:
 
     def __init__(self, address: str) -> None:
         self.parent = os.getppid()
+        self.over = False
         self.asked: dict[int, socket.socket] = {}
         self.events = selectors.DefaultSelector()
         self.door = socket.socket(socket.AF_UNIX)
@@ -142,14 +150,16 @@ class Origin:
         self.events.register(self.door, selectors.EVENT_READ)
 
     def serve(self) -> None:
-        """Fork for whoever asks, until the run ends."""
+        """Fork for whoever asks, until the run ends. Of an interrupt at a terminal those learn whom it stops."""
         ended, wake = socket.socketpair()
         for end in (ended, wake):
             end.setblocking(False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGINT, lambda *_: None)
+        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "over", True))
         signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
         self.events.register(ended, selectors.EVENT_READ)
-        while os.getppid() == self.parent:
+        while os.getppid() == self.parent and not self.over:
             for key, _ in self.events.select(timeout=0.5):
                 if key.fileobj is self.door:
                     if words := self.answer(self.door.accept()[0]):
@@ -157,8 +167,8 @@ class Origin:
                 elif key.fileobj is ended:
                     ended.recv(4096)
                     self.bury()
-                elif key.data in self.asked:  # whoever asked says nothing more: it is gone
-                    self.forget(key.data)
+                elif key.data in self.asked:
+                    self.heed(key.data)
         for fork in list(self.asked):
             self.forget(fork)
 
@@ -182,7 +192,9 @@ class Origin:
     def leave(self) -> None:
         """In a fork: give up what belongs to this process alone."""
         signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for number in (signal.SIGCHLD, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         for line in (self.door, *self.asked.values()):
             line.close()
         self.events.close()
@@ -195,6 +207,17 @@ class Origin:
                 with suppress(OSError):  # whoever asked is gone meanwhile
                     self.asked[fork].sendall(_SIZE.pack(os.waitstatus_to_exitcode(status)))
                 self.close(fork)
+
+    def heed(self, fork: int) -> None:
+        """Hand on the signals that whoever asked has received; where it is gone, its fork goes too."""
+        try:
+            said = self.asked[fork].recv(64)
+        except OSError:
+            said = b""
+        for number in said:
+            os.kill(fork, number)
+        if not said:
+            self.forget(fork)
 
     def forget(self, fork: int) -> None:
         """Kill a fork whose asker is gone, and what it started in its own session."""

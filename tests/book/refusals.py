@@ -27,7 +27,7 @@ CAUGHT = {"lm/files.py": ("its checksum differs",)}
 PARTS = {
     "A profile": ("profiles.py",),
     "Before a run, and during it": (
-        "planning/preflight.py", "planning/plan.py", "pipeline/__main__.py", "pipeline/address.py",
+        "planning/preflight.py", "planning/plan.py", "pipeline/__main__.py", "pipeline/forks.py", "pipeline/address.py",
         "pipeline/notebooks.py",
     ),
     "The book": ("pipeline/book.py", "pipeline/pages.py", "pipeline/printing.py", "pipeline/slides.py"),

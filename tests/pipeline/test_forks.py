@@ -126,7 +126,8 @@ def test_all_ends_with_the_run(folder: Path) -> None:
     owner.wait()
     assert psutil.wait_procs(family, timeout=10)[1] == []
     assert asker.wait(timeout=10) == 1
-    assert asker.stderr.read() == "semalign: sleeper was stopped: the process that it was a fork of has ended\n"
+    said = "sleeper was stopped, since the process of the run that it was a fork of has ended: call it again"
+    assert asker.stderr.read() == f"semalign: {said}\n"
 
 
 def test_where_nobody_answers_it_is_python_m_itself(folder: Path) -> None:
@@ -169,3 +170,28 @@ def test_an_exit_with_a_sentence_is_an_error_that_says_it(origin: psutil.Process
     (folder / "leaving.py").write_text("raise SystemExit('not here')")
     done = subprocess.run(forks.command(sys.executable, "leaving"), cwd=folder, text=True, capture_output=True)
     assert (done.returncode, done.stderr) == (1, "not here\n")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 7), (signal.SIGTERM, -signal.SIGTERM)])
+def test_a_signal_to_whoever_asks_is_one_to_the_fork(
+    origin: psutil.Process, folder: Path, number: signal.Signals, status: int
+) -> None:
+    """Jupyter interrupts a kernel before it asks it to end: nothing is printed, and the fork decides what happens."""
+    lines = ["import time", "try:", "    print('begun', flush=True)", "    time.sleep(60)"]
+    lines += ["except KeyboardInterrupt:", "    raise SystemExit(7)"]
+    (folder / "sleeper.py").write_text("\n".join(lines))
+    asker = _sleeper(folder)
+    asker.send_signal(number)
+    assert asker.wait(timeout=10) == status
+    assert asker.stderr and asker.stderr.read() == ""
+    _until(lambda: origin.children() == [])
+
+
+def test_an_interrupt_at_the_terminal_leaves_the_origin_to_its_run(origin: psutil.Process, folder: Path) -> None:
+    asker = _sleeper(folder)
+    origin.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert asker.poll() is None and origin.is_running()
+    asker.kill()
+    asker.wait()
+    _until(lambda: origin.children() == [])

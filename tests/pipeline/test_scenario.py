@@ -78,7 +78,7 @@ def test_what_the_plan_counts_is_what_was_trained(copy: Path) -> None:
     """By the trials that the chapters left; towards equal partners, or by equal settings, they share one."""
     p, artefacts = load_profile("smoke"), copy / "results/smoke/artefacts"
     assert isinstance(p.student, Random)
-    work = beside_tables(p, p.student.config["num_hidden_layers"], WORK)
+    work = beside_tables(p, p.student.config.num_hidden_layers, WORK)
     planned = {name: sum(w.trainings for w in of if not w.teacher) for name, of in work.items()}
 
     def trained(folder: str) -> list[dict[str, Any]]:
