@@ -83,7 +83,10 @@ def cka_matrix(rows: Sequence[Tensor], columns: Sequence[Tensor]) -> Tensor:
         grams = [torch.stack([(x @ x.T).flatten() for x in side]) for side in sides]
         cross, norms = grams[0] @ grams[1].T, [g.norm(dim=1) for g in grams]
     else:
-        cross = torch.stack([torch.stack([(y.T @ x).square().sum() for y in sides[1]]) for x in sides[0]])
+        cross = torch.zeros(len(rows), len(columns), dtype=torch.float64, device=sides[0][0].device)
+        for i, x in enumerate(sides[0]):
+            for j, y in enumerate(sides[1]):  # of a model with itself half of them
+                cross[i, j] = cross[j, i] if rows is columns and j < i else _of_kernels(x, y)
         norms = [torch.stack([torch.linalg.matrix_norm(x.T @ x) for x in side]) for side in sides]
     if not all((norm > 0).all() for norm in norms):
         raise ValueError(UNVARIED)

@@ -81,6 +81,7 @@ def test_the_matrix_of_similarities_is_that_of_all_pairs(n: int) -> None:
     matrix = cka_matrix(rows, columns)
     expected = torch.tensor([[linear_cka(x, y) for y in columns] for x in rows], dtype=torch.float64)
     torch.testing.assert_close(matrix, expected, atol=1e-12, rtol=1e-10)
+    torch.testing.assert_close(cka_matrix(rows, rows), cka_matrix(rows, list(rows)), atol=1e-12, rtol=1e-10)
     with pytest.raises(ValueError, match="same n > 1"):
         cka_matrix(rows, [draw(n + 1, 9)])
     with pytest.raises(ValueError, match="same for every state"):
