@@ -38,6 +38,7 @@ IMPORTS = (
 )  # fmt: skip
 """What is imported before the first fork, with all that it imports."""
 _SIZE = struct.Struct("!i")
+_DEATH_OF_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 _LONGEST = 100  # bytes of a socket's path; systems refuse more than about 104
 
 
@@ -178,6 +179,7 @@ class Origin:
         asked = _received(line, _SIZE.unpack(head)[0]) if len(head) == _SIZE.size else b""
         fork = os.fork() if asked else -1
         if fork == 0:
+            line.close()
             self.leave()
             return take_place(json.loads(asked), files)
         for file in files:
@@ -190,7 +192,10 @@ class Origin:
         return []
 
     def leave(self) -> None:
-        """In a fork: give up what belongs to this process alone."""
+        """In a fork: give up what belongs to this process alone, and end with it however it ends."""
+        import ctypes
+
+        ctypes.CDLL(None).prctl(_DEATH_OF_PARENT, signal.SIGKILL)
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGCHLD, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)

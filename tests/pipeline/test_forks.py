@@ -195,3 +195,12 @@ def test_an_interrupt_at_the_terminal_leaves_the_origin_to_its_run(origin: psuti
     asker.kill()
     asker.wait()
     _until(lambda: origin.children() == [])
+
+
+def test_a_fork_ends_with_its_origin_however_that_ends(origin: psutil.Process, folder: Path) -> None:
+    asker = _sleeper(folder)
+    fork = origin.children()[0]
+    origin.kill()  # the last test of this file: nothing answers any more
+    fork.wait(timeout=10)
+    assert asker.wait(timeout=10) == 1
+    assert asker.stderr and "was stopped, since the process of the run" in asker.stderr.read()
