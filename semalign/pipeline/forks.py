@@ -141,6 +141,7 @@ class Origin:
     """The process that forks: who asked for which fork, until it ends or whoever asked is gone."""
 
     def __init__(self, address: str) -> None:
+        signal.signal(signal.SIGINT, lambda *_: None)  # at a terminal it is meant for those who have asked
         self.parent = os.getppid()
         self.over = False
         self.asked: dict[int, socket.socket] = {}
@@ -150,13 +151,19 @@ class Origin:
         self.door.listen(64)  # from now on whoever asks waits for the imports
         self.events.register(self.door, selectors.EVENT_READ)
 
+    def asked_for(self) -> bool:
+        """Wait until somebody asks; False where the run ends before."""
+        while not self.events.select(timeout=0.5):
+            if os.getppid() != self.parent:
+                return False
+        return True
+
     def serve(self) -> None:
-        """Fork for whoever asks, until the run ends. Of an interrupt at a terminal those learn whom it stops."""
+        """Fork for whoever asks, until the run ends."""
         ended, wake = socket.socketpair()
         for end in (ended, wake):
             end.setblocking(False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
-        signal.signal(signal.SIGINT, lambda *_: None)
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "over", True))
         signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
         self.events.register(ended, selectors.EVENT_READ)
@@ -279,11 +286,13 @@ def run_module(words: list[str]) -> NoReturn:
 
 
 def main(classroom: bool) -> None:
-    """Make what chapters, trials and kernels would all make anew, and fork until the run ends."""
+    """Once somebody asks, make what chapters, trials and kernels would all make anew, and fork until the run ends."""
     import gc
     import warnings
 
     origin = Origin(os.environ[ADDRESS])
+    if not origin.asked_for():  # a run that has nothing to do
+        return
     from semalign.pipeline.notebooks import leave_the_user_out
 
     leave_the_user_out(Path(os.environ[ADDRESS]).parent)
