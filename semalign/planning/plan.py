@@ -469,10 +469,9 @@ def job_needs(p: Profile, name: str) -> dict[str, int]:
         seconds = sum(work_seconds(p, work, "A100") for work in beside)
     except ProfileError:
         return {}
-    of_tables = name in CHAPTERS and CHAPTERS[name].methods == (
-        "*",
-    )  # all of them, where they are no jobs of their own
-    often = 1 if name == "trial" else len(p.methods) * len(p.seeds) if of_tables else 0
+    # A table's chapter runs all of its task's trials, where they are no jobs of their own.
+    of_table = name in CHAPTERS and "*" in CHAPTERS[name].methods
+    often = 1 if name == "trial" else len(p.methods) * len(p.seeds) if of_table else 0
     minutes = math.ceil(2 * (often * max(trials) + seconds) / 60)
     return {"mem_mb": int(1.25 * max(need.host for need in needs) / 1e6), "runtime": max(30, minutes)}
 

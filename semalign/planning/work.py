@@ -30,13 +30,23 @@ class Work:
 
 DECISIVE = ("sft", "sft_layer", "semalign_tuned", "twin", "scrambled_tokens")
 """The methods that the chapter on students trains whatever the profile's are."""
-FEW, HALF = 4, 32  # examples of a step where there are few, and of how many there are as many more
+MOST = 500
+"""At most so many of the map's training examples have the chapters that go on from it."""
+
+
+def most_examples(p: Profile) -> int:
+    """How many training examples the chapters that go on from the map have: its largest number, or :data:`MOST`."""
+    return min(MOST, max(p.regimes.examples))
+
+
+def step_size(p: Profile, examples: int) -> int:
+    """Examples of a step of the map of regimes: of few those that the profile trains on, four at most, of many more."""
+    return min(4, p.batch_size) if examples <= 128 else 2 ** math.ceil(math.log2(examples / 32))
 
 
 def in_steps(p: Profile, examples: int, steps: float) -> float:
-    """Examples that so many steps read: the batches of the map of regimes, in two epochs or more."""
-    batch = min(FEW, p.batch_size) if examples <= FEW * HALF else 2 ** math.ceil(math.log2(examples / HALF))
-    return max(2.0 * examples, steps * batch)
+    """Examples that so many steps of the map of regimes read, in two epochs or more."""
+    return max(2.0 * examples, steps * step_size(p, examples))
 
 
 def _alignment(p: Profile, depth: int) -> list[Work]:
@@ -117,12 +127,8 @@ def _causal(p: Profile, depth: int) -> list[Work]:
     return [Work(t, trainings, n, reads, answers=True) for t in p.regimes.tasks]
 
 
-def _most(p: Profile) -> int:
-    return min(500, max(p.regimes.examples))
-
-
 def _lenses(p: Profile, depth: int) -> list[Work]:
-    students, n = len(p.students), _most(p)
+    students, n = len(p.students), most_examples(p)
     reads = in_steps(p, n, p.regimes.steps / 2)
     of_states = students * (7 + 2 * bool(p.kin_teachers))
     return [
@@ -133,7 +139,7 @@ def _lenses(p: Profile, depth: int) -> list[Work]:
 
 
 def _gaps(p: Profile, depth: int) -> list[Work]:
-    students, n = len(p.students), _most(p)
+    students, n = len(p.students), most_examples(p)
     saturated = bool(p.smaller_student) and getattr(p.smaller_student, "id", "").startswith("pico")
     others = bool(p.smaller_student) + saturated  # rungs of a smaller student
     rungs = students * (1 + len(p.fine_tuned_teachers) + bool(p.kin_teachers)) + others

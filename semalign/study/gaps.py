@@ -16,10 +16,11 @@ from torch import Tensor
 
 from semalign.lm.parts import describe
 from semalign.models import load_pair
+from semalign.planning.work import most_examples
 from semalign.profiles import Pico, Profile, Random, Source, pico_names
 from semalign.study import trials
 from semalign.study.analysis import Estimate, over_seeds_and_items
-from semalign.study.regimes import Way, most_examples
+from semalign.study.regimes import Way
 
 WAYS = {
     "labels": Way("sft"),

@@ -22,6 +22,7 @@ from semalign.lm.hooks import float_logits, skip_layers
 from semalign.lm.parts import Model, decoder, decoder_layers, head_weight
 from semalign.methods.fdd import lens
 from semalign.models import Pair, load_pair
+from semalign.planning.work import most_examples
 from semalign.profiles import Profile, Source
 from semalign.semantics import hidden_map
 from semalign.study import analysis, reading, regimes, trials
@@ -234,7 +235,7 @@ def taught(
         layers: for each student one teacher layer, from 1, for each of its layers; ``[]`` is no layer term at all.
         teachers: one for each student; by default the profile's.
     """
-    of, made, examples = SETTINGS[setting], [], regimes.most_examples(p)
+    of, made, examples = SETTINGS[setting], [], most_examples(p)
     asked = "test" if of.settings.get("output_loss") != "none" else None
     given = of.changes(p, task, examples, p.regimes.steps // 2)
     for at, own in enumerate(layers):

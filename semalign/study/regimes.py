@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from semalign.methods import REGISTRY
+from semalign.planning.work import step_size
 from semalign.profiles import Profile
 from semalign.study import trials
 from semalign.study.analysis import Estimate
@@ -55,8 +56,6 @@ WAYS = {
 """What is compared, by the name that the map has for it."""
 
 
-MOST = 500
-"""At most so many of the map's training examples have the chapters that go on from it."""
 MARKERS = "osD^vPX"
 """Of the ways in a figure, which must be told apart without their colours too."""
 
@@ -64,16 +63,10 @@ MARKERS = "osD^vPX"
 def budget(p: Profile, examples: int, steps: int) -> dict[str, int]:
     """``batch`` and ``epochs`` with which so many examples make about so many steps, in two epochs or more.
 
-    Few examples are seen again and again, as many in a step as the profile trains on, four at most; of many there are
-    more in a step.
+    Few examples are seen again and again; of many there are more in a step.
     """
-    batch = min(4, p.batch_size) if examples <= 128 else 2 ** math.ceil(math.log2(examples / 32))
+    batch = step_size(p, examples)
     return {"batch": batch, "epochs": max(2, round(steps / math.ceil(examples / batch)))}
-
-
-def most_examples(p: Profile) -> int:
-    """How many training examples the chapters that go on from the map have: its largest number, or :data:`MOST`."""
-    return min(MOST, max(p.regimes.examples))
 
 
 def kinds_of(p: Profile) -> list[str]:
