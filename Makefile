@@ -12,7 +12,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup gemma book notebooks plan fetch tune keep address verify test test-book test-slurm pdf slides bench zoo pico lint lock clean
+.PHONY: help setup gemma book notebooks plan fetch tune keep address verify test test-book test-slurm test-gpu pdf slides bench zoo pico lint lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -66,6 +66,9 @@ test: setup ## the test suite, a file at a time on each core
 
 test-slurm: setup ## a run on a one-node SLURM cluster made for it, killed and resumed (root on Debian)
 	@$(BIN)/python tests/cluster/slurm.py
+
+test-gpu: setup ## every chapter of the smoke profile on this machine's GPU, and its trials against the CPU's
+	@$(BIN)/python tests/cluster/card.py
 
 # The folder of the run that a target speaks of.
 RUN = $(if $(RESULTS),$(RESULTS),results/$(PROFILE))

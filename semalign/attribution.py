@@ -25,12 +25,16 @@ Batch = dict[str, Tensor]
 def objective(model: Model, batch: Batch) -> Tensor:
     """Mean cross-entropy in nats over the supervised positions of ``batch`` (section 4.1's supervised objective).
 
+    The batch may lie on another device than the model.
+
     Raises:
         ValueError: the batch has no label, so that there is nothing to attribute.
     """
-    labels = batch["labels"][:, 1:]
-    if not (labels != IGNORED).any():
+    if not (batch["labels"][:, 1:] != IGNORED).any():
         raise ValueError("the batch has no supervised position: every label is -100: give examples with a response")
+    device = next(model.parameters()).device
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    labels = batch["labels"][:, 1:]
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED)
 

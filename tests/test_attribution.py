@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -223,3 +225,18 @@ def test_one_forward_and_one_backward(batch: dict[str, Tensor]) -> None:
 def test_unknown_options_are_refused(options: dict[str, str], said: str, batch: dict[str, Tensor]) -> None:
     with pytest.raises(ValueError, match=said):
         layer_attribution(tiny_llama(), batch, **options)
+
+
+def test_a_batch_follows_its_model_to_another_device(batch: dict[str, Tensor]) -> None:
+    """The meta device stands for a GPU: a product of tensors of two devices raises there too."""
+
+    class Elsewhere(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.empty(97, 97, device="meta"))
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool) -> Any:
+            assert input_ids.device == attention_mask.device == self.weight.device
+            return SimpleNamespace(logits=self.weight[input_ids])
+
+    assert objective(Elsewhere(), batch).device.type == "meta"

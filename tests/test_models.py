@@ -124,6 +124,42 @@ class Plain(torch.nn.Module):
     base_model = torch.nn.Linear(1, 1)
 
 
+def test_what_stands_for_bytes_on_a_gpu_sees_each_of_them_and_their_order() -> None:
+    content = torch.randint(0, 256, (1003,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    seen = {parts.mixed(content), parts.mixed(content.flip(0)), parts.mixed(content[:-1]), parts.mixed(content.roll(8))}
+    for i in range(len(content)):
+        other = content.clone()
+        other[i] ^= 1
+        seen.add(parts.mixed(other))
+    padded = torch.cat([content, content.new_zeros(5)])
+    assert len(seen | {parts.mixed(padded)}) == 4 + len(content) + 1
+    assert parts.mixed(content) == parts.mixed(content.clone())
+
+
+def test_the_pieces_in_which_bytes_are_mixed_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = torch.arange(8 * 100).to(torch.uint8)
+    whole = parts.mixed(content)
+    monkeypatch.setattr(parts, "_WORDS", 7)
+    assert parts.mixed(content) == whole
+
+
+def test_on_a_gpu_attention_is_not_planned_for_every_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Loaded(torch.nn.Module):
+        def to(self, *place: Any, **_given: Any) -> Loaded:  # type: ignore[override]
+            return self
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    before, source = torch.backends.cuda.cudnn_sdp_enabled(), models._Opened("m", None, 1, lambda _dtype: Loaded())  # type: ignore[arg-type, return-value]
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        models._load(source, device="cpu", dtype="float32")
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+        models._load(source, device="auto", dtype="float32")
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
 def test_fingerprint_sees_every_weight_and_the_configuration_and_nothing_else(tmp_path: Path) -> None:
     first = fingerprint(tiny_llama())
     assert first == fingerprint(tiny_llama()) and len(first) == 64

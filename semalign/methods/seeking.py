@@ -34,6 +34,7 @@ SPLITS = ("all_on_B", "sqrt")
 SEEDS = 32  # examples of the training set where the task names no seed set
 TIES = 1e-12  # of the whole sum: windows closer than this differ by rounding only
 EXACT = 1024  # up to this many rows or columns the SVD is exact; above, iterated on a subspace
+ROOM = 12 * 2**30  # bytes that a card keeps free of scores for a teacher's backward pass
 SPARE, ROUNDS = 32, 8  # directions beyond the rank, and iterations, of that subspace
 
 
@@ -88,7 +89,12 @@ def _gradients_of(model: Model, hooks: Mapping[str, Callable[[nn.Parameter], Non
 
 
 def sensitivity(
-    model: Model, encoded: Sequence[Encoded], *, absolute: str = "example", device: torch.device | str | None = None
+    model: Model,
+    encoded: Sequence[Encoded],
+    *,
+    absolute: str = "example",
+    device: torch.device | str | None = None,
+    whole: Collection[str] | None = None,
 ) -> dict[str, Tensor]:
     """First-order estimate of how much the loss changes when a weight is set to 0, for every weight of every layer.
 
@@ -101,29 +107,38 @@ def sensitivity(
         encoded: seed examples, (T,) each, run one at a time.
         absolute: value of each ``example`` (the paper), or of the signed ``sum`` over examples.
         device: where the scores are kept; None is beside each parameter.
+        whole: the parameters, by name, whose scores are kept one by one; of each other one their sum over weights is
+            kept alone, (), float64, for which the values of each ``example`` are needed. None: all.
 
     Returns:
         The scores by parameter name, of the parameter's shape, float32; embeddings, final norm and head are left out.
 
     Raises:
-        ValueError: no example, an example without labels, or an unknown ``absolute``.
+        ValueError: no example, an example without labels, an unknown ``absolute``, or signed sums of a part.
     """
     _known("absolute", absolute, ABSOLUTES)
     if not encoded:
         raise ValueError("sensitivity needs at least one example: give the task extract, align or train examples")
+    if whole is not None and absolute != "example":
+        raise ValueError(f"absolute={absolute!r} needs the scores of all weights: leave whole away, or take 'example'")
     inside = f"{_stack_name(model)}."
-    store = {
-        name: torch.zeros(p.shape, dtype=torch.float32, device=device or p.device)
-        for name, p in model.named_parameters()
-        if name.startswith(inside)
-    }
+
+    def fresh(name: str, p: nn.Parameter) -> Tensor:
+        if whole is None or name in whole:
+            return torch.zeros(p.shape, dtype=torch.float32, device=device or p.device)
+        return torch.zeros((), dtype=torch.float64, device=device or p.device)
+
+    store = {name: fresh(name, p) for name, p in model.named_parameters() if name.startswith(inside)}
 
     def adder(scores: Tensor) -> Callable[[nn.Parameter], None]:
         def add(parameter: nn.Parameter) -> None:
             assert parameter.grad is not None
             product = parameter.grad.float() * parameter.detach()
             parameter.grad = None
-            scores.add_((product.abs_() if absolute == "example" else product).to(scores.device))
+            product = product.abs_() if absolute == "example" else product
+            scores.add_(
+                (product if scores.shape == product.shape else product.sum(dtype=scores.dtype)).to(scores.device)
+            )
 
         return add
 
@@ -324,6 +339,30 @@ def window_shares(
     return shares
 
 
+def _place(model: Model) -> torch.device:
+    return next(model.parameters()).device
+
+
+def sensitivity_for(
+    teacher: Model, shapes: Sequence[Mapping[str, tuple[int, int]]], encoded: Sequence[Encoded]
+) -> dict[str, Tensor]:
+    """What :func:`extract` reads for modules of these shapes: scores of the matrices it may cut, sums of the others.
+
+    They lie beside the teacher where its device has room for them, so that no example's scores have to be brought to
+    the host, and there otherwise. A 13-billion teacher has 31 GB of them.
+
+    Raises:
+        ValueError: as :func:`sensitivity`.
+    """
+    stack = _stack_name(teacher)
+    paths = {_path(name, i) for i, part in enumerate(shapes) for name in part}
+    names = {f"{stack}.{k}.{path}.weight" for k in range(len(decoder_layers(teacher))) for path in paths}
+    needed = 4 * sum(p.numel() for name, p in teacher.named_parameters() if name in names)
+    device = _place(teacher)
+    fits = device.type != "cuda" or torch.cuda.mem_get_info(device)[0] > needed + ROOM
+    return sensitivity(teacher, encoded, device=None if fits else "cpu", whole=names)
+
+
 def transfer(pair: Pair, data: TaskData, config: TransferConfig | None = None) -> TransferResult:
     """Seeking from the pair's teacher to its student (Seeking, steps A to F): extraction, then ordinary LoRA tuning.
 
@@ -345,7 +384,7 @@ def transfer(pair: Pair, data: TaskData, config: TransferConfig | None = None) -
     gc.collect()
     teacher = pair.load_teacher()
     _check_fit(teacher, shapes)  # before the long part
-    store = sensitivity(teacher, encoded, device="cpu")
+    store = sensitivity_for(teacher, shapes, encoded)
     cut = extract(teacher, shapes, store, rank=config.lora_rank, seed=config.seed)
     del teacher, store
     gc.collect()

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from semalign.planning.work import WORK, Work, beside_tables
-from semalign.profiles import PACKAGE, Folder, Packaged, Pico, Profile, ProfileError, Random, Source, declared
+from semalign.profiles import PACKAGE, Folder, Hub, Packaged, Pico, Profile, ProfileError, Random, Source, declared
 
 FILE = Path(__file__).with_name("configurations.yaml")
 CARDS = (40, 80)
@@ -121,14 +121,15 @@ def kept_for_backward(s: Shape, tokens: int, size: int, *, layers: int, trained:
 
     Args:
         size: bytes a number of the model's type.
-        trained: ``lora`` adds what enters the adapters, in float32; ``layer`` what enters the seven matrices.
+        trained: ``lora`` adds what enters the adapters, in the type of the model, to which autocast brings it on a
+            card; ``layer`` what enters the seven matrices.
     """
     queries, keys = s.heads * s.head, s.groups * s.head
     kept = 2 * (4 * s.width + 4) + 4 * queries * size + 4 * s.heads + 3 * s.mlp * size
     if s.type in ("qwen3", "olmo2"):
         kept += 4 * (queries + keys) + 4 * (s.heads + s.groups if s.type == "qwen3" else 2)
     if trained == "lora":
-        kept += 4 * (2 * s.width + queries + s.mlp + 4 * RANK)
+        kept += size * (2 * s.width + queries + s.mlp + 4 * RANK)
     elif trained == "layer":
         kept += size * (4 * s.width + queries + s.mlp)
     return layers * tokens * kept
@@ -142,6 +143,8 @@ class Way:
     layers: str = "k"  # k, all, or none
     states: int = 1  # layers of the teacher whose states are kept; 0: those of every student layer
     head: bool = False  # the teacher's norm and head stay beside the student
+    passes: int = 1  # through the student in one step, all kept for the backward pass
+    students: int = 1  # on the card while one of them trains
 
 
 WAYS: dict[str, Way] = {
@@ -165,15 +168,15 @@ WAYS: dict[str, Way] = {
     "laten": Way("weights", "all"),
     "laten_released": Way("weights", "all"),
     "laten_direct": Way("weights", "all"),
-    "warm_up": Way("states", "all", 0),
+    "warm_up": Way("states", "all", 0, students=2),
     "gkd": Way("all", "all"),
     "oprd": Way("all", "all", 0),
     "align_heads": Way("states"),
     "align_neurons": Way("states"),
     "scrambled_heads": Way("states"),
-    "interchange": Way("all"),
-    "semantic_and_causal": Way("all"),
-    "scrambled_pairs": Way("all"),
+    "interchange": Way("all", passes=2),
+    "semantic_and_causal": Way("all", passes=2),
+    "scrambled_pairs": Way("all", passes=2),
     "geometry_frontier": Way("all", "all", 0),
     "fisher_frontier": Way("all", "all", 0),
     "across": Way("states"),
@@ -225,13 +228,12 @@ class Need:
     step: str
 
 
-def method_memory(p: Profile, name: str) -> Need:
-    """The peak of one method of a profile; an answering student counts too."""
+def method_steps(p: Profile, name: str) -> dict[str, float]:
+    """Bytes on the card in each step of one method of a profile, without :data:`SPARE`; an answering student is one."""
     t, s, size, way = shape_of(p.teacher), shape_of(p.student), SIZES[p.dtype], WAYS[name]
     longest = min(p.max_length, _file()["longest"])
     tokens, theirs, ours = p.eval_batch_size * longest, t.parameters * size, s.parameters * size
     steps: dict[str, float] = {"answering": ours + _cache(s, p, size)}
-    host = max(theirs if way.teacher != "none" else 0, ours) + HOST
     if way.teacher in ("chooses", "states", "all") and p.layer is None:
         steps["attribution"] = theirs + attribution(t, longest, size)
     if way.teacher in ("states", "all", "top"):
@@ -242,12 +244,30 @@ def method_memory(p: Profile, name: str) -> Need:
     if way.teacher == "weights":
         whole = kept_for_backward(t, longest, size, layers=t.layers, trained="layer")
         steps["teacher's gradients"] = theirs + whole + 4 * 3 * t.width * t.mlp + longest * t.vocabulary * 12
-        host += 4 * t.layers * t.layer_parameters
     if way.layers != "none":
-        steps["training"] = ours + training(s, tokens, size, layers=s.layers, every=way.layers == "all")
+        step = training(s, tokens, size, layers=s.layers, every=way.layers == "all", passes=way.passes)
+        steps["training"] = way.students * ours + step
         steps["training"] += t.vocabulary * t.width * size * way.head
+    return steps
+
+
+def method_memory(p: Profile, name: str) -> Need:
+    """The peak of one method of a profile, on the card by :func:`method_steps` and in the host's memory."""
+    t, s, size, way = shape_of(p.teacher), shape_of(p.student), SIZES[p.dtype], WAYS[name]
+    host = max(t.parameters * size if way.teacher != "none" else 0, s.parameters * size) + HOST
+    if way.teacher == "weights":  # scores of the matrices that are cut, where the card has no room for them
+        host += 4 * t.layers * t.width * (2 * t.mlp + (t.heads + t.groups) * t.head)
+    steps = method_steps(p, name)
     step = max(steps, key=lambda name: steps[name])
     return Need(steps[step] + SPARE, host, step)
+
+
+def measured(p: Profile) -> dict[str, float]:
+    """GB at the peak of training that were counted on a card, by method, where the pair has the shapes of that pair."""
+    counted = _file()["measured"]
+    pair = [shape_of(Hub(source="hub", id=counted[name], revision="main")) for name in ("teacher", "student")]
+    same = pair == [shape_of(p.teacher), shape_of(p.student)] and p.eval_batch_size == counted["eval_batch_size"]
+    return dict(counted["methods"]) if same and p.dtype == "bfloat16" else {}
 
 
 def attribution(s: Shape, tokens: int, size: int) -> float:
@@ -256,14 +276,16 @@ def attribution(s: Shape, tokens: int, size: int) -> float:
     return kept_for_backward(s, tokens, size, layers=s.layers) + states + tokens * s.vocabulary * (size + 12)
 
 
-def training(s: Shape, tokens: int, size: int, *, layers: int, every: bool, full: bool = False) -> float:
+def training(
+    s: Shape, tokens: int, size: int, *, layers: int, every: bool, full: bool = False, passes: int = 1
+) -> float:
     """Bytes beside the weights of a step of the loop: of adapters, or with ``full`` of whole layers in float32."""
     inside = layers if every else 1
     kept = kept_for_backward(s, tokens, size, layers=inside, trained="layer" if full else "lora")
     kept += kept_for_backward(s, tokens, size, layers=layers - inside)
     numbers = inside * (s.layer_parameters if full else RANK * (4 * s.width + 2 * s.mlp + 2 * s.heads * s.head))
     # float32: the value or its master, its gradient, AdamW's two moments, and the last good value
-    return kept + numbers * 20 + 4 * tokens * s.width * 2 + LOGITS
+    return passes * kept + numbers * 20 + 4 * tokens * s.width * 2 + LOGITS
 
 
 def _cache(s: Shape, p: Profile, size: int) -> float:
@@ -330,26 +352,38 @@ def kept_bytes(p: Profile) -> tuple[int, int]:
 
 
 def method_seconds(p: Profile, name: str, task: str, card: str) -> float:
-    """Seconds of one trial on a card, by the rates assumed: the teacher's pass, training, and answering the test."""
+    """Seconds of one trial on a card, by its rates: loading, the teacher's pass, training, and answering the test."""
     t, s, way, rates = shape_of(p.teacher), shape_of(p.student), WAYS[name], _file()["cards"][card]
     asked = _asked(task)
     tokens, _ = positions(p, task)
-    flops = 0.0
+    # A student that trains is loaded for its head and again; the teacher, for what is asked of it, and as the judge.
+    students, teachers = 1 + (way.layers != "none"), 1 + (way.teacher != "none")
+    seconds = SIZES[p.dtype] * (students * s.parameters + teachers * t.parameters) / (_file()["machine"]["load"] * 1e9)
+    read = 0.0
     if way.teacher in ("states", "all", "top"):
-        flops += 2 * t.parameters * tokens
+        read += 2 * t.parameters * tokens
     if way.teacher in ("chooses", "states", "all", "weights"):
-        flops += 6 * t.parameters * p.sizes.extract * (asked["prompt"] + asked["answer"])
+        attributed = 6 * t.parameters * p.sizes.extract * (asked["prompt"] + asked["answer"])
+        seconds += _computed(attributed, rates, "attributed")
     if way.layers != "none":
         trained = tokens * p.sizes.train / (p.sizes.train + p.sizes.validation)
-        flops += (4 * p.epochs * trained + 2 * tokens) * s.parameters
-    flops += 2 * t.parameters * p.sizes.validation * (asked["prompt"] + asked["answer"])  # for the comparison
-    seconds = _computed(flops, rates) + _answered(p, s, task, rates)
+        where = "all_layers" if way.layers == "all" else "one_layer"
+        seconds += _computed(4 * p.epochs * trained * s.parameters, rates, where)
+        read += 2 * tokens * s.parameters
+    seconds += _computed(read, rates, "reads") + _answered(p, s, task, rates)
     if way.teacher == "writes":
         seconds += _written(p, t, p.sizes.train, asked["answer"], rates)
     for other in p.tasks if p.others else ():
         if other != task and (of := _file()["questions"].get(other)):
             seconds += _written(p, s, p.others, of["written"], rates)
     return seconds
+
+
+def judged_seconds(p: Profile, task: str, card: str) -> float:
+    """Seconds of the teacher's pass over a task's validation examples, which all of its trials are compared with."""
+    asked = _asked(task)
+    flops = 2 * shape_of(p.teacher).parameters * p.sizes.validation * (asked["prompt"] + asked["answer"])
+    return _computed(flops, _file()["cards"][card], "reads")
 
 
 def work_seconds(p: Profile, work: Work, card: str) -> float:
@@ -360,11 +394,13 @@ def work_seconds(p: Profile, work: Work, card: str) -> float:
     t, s, rates = shape_of(p.teacher), shape_of(p.student), _file()["cards"][card]
     asked, model = _asked(task=work.task), t if work.teacher else s
     tokens = min(p.max_length, asked["prompt"] + asked["answer"])
-    flops = 4 * work.reads * tokens * model.parameters
+    seconds, models = _computed(4 * work.reads * tokens * model.parameters, rates, "all_layers"), model.parameters
     if work.reads:
-        flops += 2 * t.parameters * (work.examples + p.sizes.validation) * tokens
-        flops += 2 * s.parameters * (work.examples + p.sizes.validation) * tokens
-    return work.trainings * (_computed(flops, rates) + (_answered(p, model, work.task, rates) if work.answers else 0.0))
+        read = 2 * (t.parameters + s.parameters) * (work.examples + p.sizes.validation) * tokens
+        seconds += _computed(read, rates, "reads")
+        models += t.parameters + s.parameters
+    seconds += SIZES[p.dtype] * models / (_file()["machine"]["load"] * 1e9)
+    return work.trainings * (seconds + (_answered(p, model, work.task, rates) if work.answers else 0.0))
 
 
 def _asked(task: str) -> dict[str, Any]:
@@ -372,8 +408,8 @@ def _asked(task: str) -> dict[str, Any]:
     return dict(_file()["questions"].get(task) or {"prompt": 100, "answer": 50, "written": 50, "questions": 100})
 
 
-def _computed(flops: float, rates: dict[str, float]) -> float:
-    return flops / (rates["peak"] * 1e12 * rates["used"])
+def _computed(flops: float, rates: dict[str, float], kind: str) -> float:
+    return flops / (rates["peak"] * 1e12 * rates[kind])
 
 
 def _answered(p: Profile, s: Shape, task: str, rates: dict[str, float]) -> float:
@@ -381,23 +417,31 @@ def _answered(p: Profile, s: Shape, task: str, rates: dict[str, float]) -> float
     asked = _asked(task)
     questions = p.sizes.test or asked["questions"]
     new = min(asked["written"], p.max_new_tokens or asked["written"])
-    return _computed(2 * s.parameters * questions * asked["prompt"], rates) + _written(p, s, questions, new, rates)
+    read = _computed(2 * s.parameters * questions * asked["prompt"], rates, "reads")
+    return read + _written(p, s, questions, new, rates)
 
 
 def _written(p: Profile, s: Shape, questions: int, new: int, rates: dict[str, float]) -> float:
     """Seconds to write ``new`` tokens to each question, in batches: each step reads the weights once."""
-    read = s.parameters * SIZES[p.dtype] / (rates["bandwidth"] * 1e12 * rates["reached"])
-    return math.ceil(questions / p.answered_at_once) * new * max(read, rates["step"])
+    return math.ceil(questions / p.answered_at_once) * new * step_seconds(s, SIZES[p.dtype], rates)
+
+
+def step_seconds(s: Shape, size: int, rates: dict[str, float]) -> float:
+    """Seconds of a decoding step of a model whose numbers have ``size`` bytes."""
+    read = s.parameters * size / (rates["bandwidth"] * 1e12 * rates["reached"])
+    return max(read, s.layers * _file()["machine"]["layer_step"])
 
 
 @dataclass(frozen=True)
 class Plan:
     """Everything that :func:`plan` found of a profile.
 
-    ``hours``: by card, of the ``trials`` of the tables; ``beside``: by card, of what each chapter trains beside them.
+    ``measured``: by method, see :func:`measured`. ``hours``: by card, of the ``trials`` of the tables; ``beside``: by
+    card, of what each chapter trains beside them.
     """
 
     profile: str
+    measured: dict[str, float]
     methods: dict[str, Need]
     chapters: dict[str, Need]
     downloads: float
@@ -429,7 +473,13 @@ def plan(p: Profile, chapters: Iterable[str] = tuple({**CHAPTERS, **WORK})) -> P
     cards, depth = list(_file()["cards"]), shape_of(p.student).layers
     teacher = [Work(task, 1, answers=True, teacher=True) for task in p.tasks]
     hours = {
-        card: sum([*(method_seconds(p, m, t, card) for t, m in trials), *(work_seconds(p, w, card) for w in teacher)])
+        card: sum(
+            [
+                *(method_seconds(p, m, t, card) for t, m in trials),
+                *(work_seconds(p, w, card) for w in teacher),
+                *(judged_seconds(p, t, card) for t in p.tasks),
+            ]
+        )
         / 3600
         for card in cards
     }
@@ -445,7 +495,7 @@ def plan(p: Profile, chapters: Iterable[str] = tuple({**CHAPTERS, **WORK})) -> P
     kept, scratch = kept_bytes(p)
     ids = {m.id for m in p.models if m.source == "hub"}
     tokens = sum(positions(p, task)[0] * p.epochs for task, m in trials if WAYS[m].layers != "none")
-    found = Plan(p.name, methods, of, downloads(ids), kept, scratch, tokens, hours, beside, len(trials))
+    found = Plan(p.name, measured(p), methods, of, downloads(ids), kept, scratch, tokens, hours, beside, len(trials))
     found.mends.extend(_mends(p, found))
     return found
 
@@ -459,7 +509,7 @@ def _told(hours: dict[str, float]) -> str:
 def job_needs(p: Profile, name: str) -> dict[str, int]:
     """What a cluster is asked for a chapter or a ``trial``: ``mem_mb``, and ``runtime`` in minutes.
 
-    A quarter more memory and twice the time of the plan, whose rates are assumed, and half an hour at least. Nothing
+    A quarter more memory and twice the time of the plan, and half an hour at least. Nothing
     where a plan knows no configuration of a model.
     """
     try:
@@ -510,19 +560,30 @@ def _remedy(p: Profile, name: str, what: str, card: int) -> str:
 def markdown(found: Plan) -> str:
     """A plan as markdown: a table of memory, one of the rest, and a list of what does not fit."""
     lines = [
-        f"What profile `{found.profile}` needs, by the configurations of its models; nothing here is measured.",
+        f"What profile `{found.profile}` needs, by the configurations of its models and the rates named below.",
         "",
-        "| step | card, GB | host, GB | peak is in | 40 GB | 80 GB |",
-        "|---|---|---|---|---|---|",
+        "| step | card, GB | host, GB | peak is in | 40 GB | 80 GB |" + (" counted |" if found.measured else ""),
+        "|---|---|---|---|---|---|" + ("---|" if found.measured else ""),
     ]
     for what, needs in (("method", found.methods), ("chapter", found.chapters)):
         for name, need in needs.items():
             fits = " | ".join("fits" if need.gpu <= card * 1e9 else "**no**" for card in CARDS)
-            lines.append(f"| {what} `{name}` | {need.gpu / 1e9:.1f} | {need.host / 1e9:.1f} | {need.step} | {fits} |")
+            said = f" {found.measured[name]:.1f} |" if name in found.measured else " |" if found.measured else ""
+            row = f"| {what} `{name}` | {need.gpu / 1e9:.1f} | {need.host / 1e9:.1f} | {need.step} | {fits} |{said}"
+            lines.append(row)
+    kinds = ("reads", "attributed", "all_layers", "one_layer")
     rates = [
-        f"{name}: {card['used']:.0%} of {card['peak']} TFLOP/s, {card['reached']:.0%} of {card['bandwidth']} TB/s"
+        f"{name}: {', '.join(f'{kind} {card[kind]:.0%}'.replace('_', ' ') for kind in kinds)} "
+        f"of {card['peak']} TFLOP/s, {card['reached']:.0%} of {card['bandwidth']} TB/s"
         for name, card in _file()["cards"].items()
     ]
+    machine = _file()["machine"]
+    if found.measured:
+        lines += [
+            "",
+            f"Counted: the peak of training on an {_file()['measured']['card']} with random weights, in GB as PyTorch "
+            f"counts them, to which CUDA itself adds about {SPARE / 1e9:g}; answers are not in it.",
+        ]
     lines += [
         "",
         "| whole run | |",
@@ -535,7 +596,9 @@ def markdown(found: Plan) -> str:
         *(f"| hours of these trials on one {card} | {hours:.0f} |" for card, hours in found.hours.items()),
         *(f"| hours of what chapters train beside them on one {c} | {_told(of)} |" for c, of in found.beside.items()),
         *(f"| hours of the whole run on one {card} | {hours:.0f} |" for card, hours in found.whole.items()),
-        f"| rates assumed | {'; '.join(rates)} |",
+        f"| rates, of the H100 measured | {'; '.join(rates)} |",
+        f"| around a card, assumed | {1e3 * machine['layer_step']:g} ms a layer for each step of decoding, "
+        f"{machine['load']:g} GB/s of weights |",
         "",
     ]
     lines += [f"- {said}." for said in found.mends] or ["Everything fits either card."]

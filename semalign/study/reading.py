@@ -37,23 +37,24 @@ def read_out(
     columns: dict[str, list[Tensor]] = {name: [] for name in names}
     device = next(model.parameters()).device
     for start in range(0, len(encoded), batch):
-        part = collate(encoded[start : start + batch], 0)
+        part = collate(encoded[start : start + batch], 0, device)
         places = supervised(part["labels"])
         targets = part["labels"][:, 1:][places[:, :-1]]
         final = decoder(model)(
-            input_ids=part["input_ids"].to(device), attention_mask=part["attention_mask"].to(device), use_cache=False
+            input_ids=part["input_ids"], attention_mask=part["attention_mask"], use_cache=False
         ).last_hidden_state
-        logits = float_logits(model, final[places.to(device)]).cpu()
+        logits = float_logits(model, final[places])
         predicted = logits.argmax(-1)
         columns["loss"].append(torch.nn.functional.cross_entropy(logits, targets, reduction="none"))
         columns["predicted"].append(predicted)
         columns["right"].append(predicted == targets)
         columns["example"].append(places.nonzero()[:, 0] + start)
         if teacher:
-            top = teacher.teacher_top(teacher.rows(range(start, min(start + batch, len(encoded)))))
+            rows = teacher.rows(range(start, min(start + batch, len(encoded))))
+            top = [t.to(device) for t in teacher.teacher_top(rows)]
             columns["kl"].append(divergence("kl", logits[:, :vocabulary], *top))
             columns["agree"].append(top[1][:, 0] == predicted)
-    return {name: torch.cat(parts) for name, parts in columns.items()}
+    return {name: torch.cat(parts).cpu() for name, parts in columns.items()}
 
 
 def by_example(values: Tensor, example: Tensor) -> Tensor:

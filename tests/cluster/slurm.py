@@ -176,6 +176,7 @@ def compared(local: Path, remote: Path) -> tuple[int, list[str]]:
     """How many files of metrics and of trials both runs have, and where they differ."""
     differences, count = [], 0
     names = {p.relative_to(r) for r in (local, remote) for p in (r / "metrics").glob("*.json")}
+    names.discard(Path("metrics/90_cost.json"))  # which measures what a run spends
     names |= {p.relative_to(r) for r in (local, remote) for p in (r / "artefacts/trials").glob("*/*.json")}
     for name in sorted(names):
         missing = [str(r) for r in (local, remote) if not (r / name).exists()]
@@ -196,6 +197,7 @@ def main() -> int:
     if said := why_not():
         print(said)
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the daemons end and their folder goes
     with tempfile.TemporaryDirectory(prefix="semalign-slurm-") as name:
         folder = Path(name)
         profile, local, remote = folder / "smoke.yaml", folder / "local", folder / "remote"
@@ -216,7 +218,11 @@ def main() -> int:
             def begun() -> bool:
                 return first.poll() is not None or any(trials.glob("*/*.json"))
 
-            until(begun, 900, "no trial ends", folder / "cluster")
+            try:
+                until(begun, 900, "no trial ends", folder / "cluster")
+            except SystemExit:
+                first.kill()
+                raise
             if first.poll() is not None:
                 print(f"the controller ended by itself with status {first.returncode} before a trial was there")
                 print(said_by_jobs(remote))

@@ -21,6 +21,7 @@ from semalign.methods.seeking import (
     layer_scores,
     select_layers,
     sensitivity,
+    sensitivity_for,
     student_shapes,
     to_lora,
     transfer,
@@ -326,6 +327,32 @@ def test_blocks_come_from_the_best_window_of_the_kept_layers(heads: int) -> None
     assert all(torch.equal(p, q) for p, q in zip(big.parameters(), before, strict=True))
 
 
+def test_what_extraction_reads_is_the_matrices_and_sums_of_the_rest() -> None:
+    big, data = teacher(), toy_data(4)
+    shapes, whole = student_shapes(student(), TARGETS), sensitivity(big, data)
+    part = sensitivity_for(big, shapes, data)
+    assert part.keys() == whole.keys()
+    for name, scores in whole.items():
+        if name.split(".")[-2] in TARGETS:
+            assert torch.equal(part[name], scores)
+        else:
+            assert part[name].shape == () and float(part[name]) == pytest.approx(float(scores.double().sum()), rel=1e-5)
+    assert torch.allclose(layer_scores(part, big), layer_scores(whole, big), rtol=1e-5)
+    assert extract(big, shapes, part, rank=2).windows == extract(big, shapes, whole, rank=2).windows
+
+
+def test_scores_lie_on_the_host_where_the_card_has_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card is pretended by what a parameter says of its device."""
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(seeking, "sensitivity", lambda *_a, **given: asked.update(given) or {})
+    monkeypatch.setattr(seeking, "_place", lambda _model: torch.device("cuda"))
+    shapes = student_shapes(student(), TARGETS)
+    for free, place in ((seeking.ROOM, "cpu"), (2 * seeking.ROOM, None)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device, free=free: (free, free))
+        seeking.sensitivity_for(teacher(), shapes, toy_data(1))
+        assert asked["device"] == place
+
+
 def test_controls_choose_other_windows_by_their_seed() -> None:
     big = teacher()
     shapes, store = student_shapes(student(), TARGETS), sensitivity(big, toy_data(2))
@@ -361,6 +388,10 @@ def drop(model: Any, path: str) -> Any:
 REFUSALS: dict[str, tuple[Callable[[], Any], str]] = {
     "no example": (lambda: sensitivity(teacher(1), []), "at least one example: give the task"),
     "absolute": (lambda: sensitivity(teacher(1), toy_data(1), absolute="max"), "'max'.*example, sum"),
+    "signed sums of a part": (
+        lambda: sensitivity(teacher(1), toy_data(1), absolute="sum", whole=[]),
+        "absolute='sum' needs the scores of all",
+    ),
     "strategy": (lambda: select_layers(torch.ones(3), 2, "best"), "'best'.*sensitivity, random"),
     "depth": (lambda: select_layers(torch.ones(3), 4), "teacher has 3 layers and the student 4.*at least as deep"),
     "nan": (lambda: select_layers(torch.tensor([1.0, math.nan]), 1), "not finite: load the teacher in"),

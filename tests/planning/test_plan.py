@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -26,6 +27,7 @@ HUB_PROFILES = [p.stem for p in sorted(FOLDER.glob("*.yaml")) if load_profile(p)
 def saved(model: PreTrainedModel, tokens: int, batch: int) -> int:
     """Bytes that the decoder's forward pass keeps for a backward pass to its input, without the model's own tensors."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    adapted = any(p.requires_grad for p in model.parameters())
     seen: dict[int, int] = {}
     alive = []
 
@@ -38,7 +40,9 @@ def saved(model: PreTrainedModel, tokens: int, batch: int) -> int:
     x = torch.randn(batch, tokens, model.config.hidden_size, dtype=model.dtype, requires_grad=True)
     mask = torch.ones(batch, tokens, dtype=torch.long)
     mask[0, -1] = 0  # a padded batch, as nearly all are
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    # As the loop trains on a card: in bfloat16, what enters float32 adapters too.
+    cast = torch.autocast("cpu", torch.bfloat16, enabled=adapted and model.dtype == torch.bfloat16)
+    with cast, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         model.get_decoder()(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state.sum()
     return sum(size for place, size in seen.items() if place not in own)
 
@@ -160,6 +164,34 @@ def test_the_papers_profiles_fit_one_card(name: str) -> None:
     assert "14_search does not fit 80 GB (whole layers in training): set search: {whole_layers: false}" in str(
         larger.mends
     )
+
+
+def test_the_plan_of_memory_is_what_a_card_counted() -> None:
+    p, counted = load_profile("llama2"), planning._file()["measured"]
+    found = planning.measured(p)
+    assert len(found) >= 14 and set(found) <= set(REGISTRY)
+    for name, gigabytes in found.items():
+        steps = {step: size for step, size in planning.method_steps(p, name).items() if step != "answering"}
+        assert max(steps.values()) == pytest.approx(1e9 * gigabytes, rel=0.06), name
+    teacher = planning.shape_of(p.teacher)
+    assert 2 * teacher.parameters + planning.attribution(teacher, 700, 2) == pytest.approx(
+        1e9 * counted["attribution"], rel=0.02
+    )
+    writes = counted["writes"]
+    for name, of in {"student": planning.shape_of(p.student), "teacher": teacher}.items():
+        short = p.changed(answer_batch_size=writes["answer_batch_size"], max_new_tokens=writes["tokens"] - 700)
+        assert 2 * of.parameters + planning._cache(of, short, 2) == pytest.approx(1e9 * writes[name], rel=0.1)
+    page = planning.markdown(planning.plan(p, ["04_alignment"]))
+    assert "| 80 GB | counted |" in page and re.search(r"method `sft` .* fits \| 46.7 \|\n", page)
+    for other in (
+        p.changed(eval_batch_size=4),
+        p.changed(dtype="float32"),
+        load_profile("olmo2"),
+        load_profile("smoke"),
+    ):
+        assert not planning.measured(other) and "counted" not in planning.markdown(
+            planning.plan(other, ["04_alignment"])
+        )
 
 
 def test_every_method_and_every_chapter_that_loads_models_is_planned() -> None:
