@@ -15,9 +15,8 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, postprocess_generated_text
-from lm_eval.models.utils_hf import stop_sequences_criteria
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 NOT_ASKED = -1e30  # log-probability where the request does not fit
 
@@ -103,26 +102,45 @@ class SharedPrefixLM(HFLM):
 
     @torch.no_grad()
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """One text for each request, all with the same generation arguments, cut before the first stop string."""
+        """One text for each request, all with the same generation arguments, cut before the first stop string.
+
+        A batch takes as long as its longest answer. Where nothing is drawn, those that are not at their end after half
+        of the tokens that they may have wait, and go on together once all others are done.
+        """
         texts = [""] * len(requests)
-        ids = [self.tok_encode(request.args[0]) for request in requests]
-        fitting = [i for i in range(len(ids)) if len(ids[i]) + self.room <= self.max_length]
-        order = sorted(fitting, key=lambda i: (-len(ids[i]), ids[i]))
-        for start in range(0, len(order), int(self.batch_size)):
-            rows = order[start : start + int(self.batch_size)]
-            options = dict(requests[rows[0]].args[1])
-            eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
-            until = handle_stop_sequences(options.pop("until", None), eos=eos)
-            context, mask = self._pad([ids[i] for i in rows], "left")
-            size = min(context.shape[1] + options.pop("max_gen_toks"), self.max_length)
-            with self._no_settings():
-                out = self.model.generate(
-                    input_ids=context, attention_mask=mask, max_length=size, pad_token_id=self._pad_id,
-                    stopping_criteria=stop_sequences_criteria(self.tokenizer, until, *reversed(context.shape)),
-                    **options,
-                )  # fmt: skip
-            for i, tokens in zip(rows, out[:, context.shape[1] :].tolist(), strict=True):
-                texts[i] = postprocess_generated_text(self.tok_decode(tokens), stop=until, think_end_token=None)
+        prompts = [self.tok_encode(request.args[0]) for request in requests]
+        fitting = [i for i in range(len(prompts)) if len(prompts[i]) + self.room <= self.max_length]
+        order = sorted(fitting, key=lambda i: (-len(prompts[i]), prompts[i]))
+        if not order:
+            return texts
+        options = dict(requests[order[0]].args[1])
+        eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+        until, most = handle_stop_sequences(options.pop("until", None), eos=eos), options.pop("max_gen_toks")
+        written: dict[int, list[int]] = {i: [] for i in order}
+        allowed: dict[int, int] = {}
+        for pause in (False,) if options.get("do_sample") else (True, False):
+            later: list[int] = []
+            for start in range(0, len(order), int(self.batch_size)):
+                rows = order[start : start + int(self.batch_size)]
+                context, mask = self._pad([prompts[i] + written[i] for i in rows], "left")
+                for i in rows:
+                    allowed.setdefault(i, min(most, self.max_length - context.shape[1]))
+                new = max(allowed[i] - len(written[i]) for i in rows)
+                ended = _Ended(self, until, context.shape[1])
+                with self._no_settings():
+                    out = self.model.generate(
+                        input_ids=context, attention_mask=mask, pad_token_id=self._pad_id,
+                        max_new_tokens=-(-new // 2) if pause else new, stopping_criteria=StoppingCriteriaList([ended]),
+                        **options,
+                    )  # fmt: skip
+                for i, tokens, end in zip(rows, out[:, context.shape[1] :].tolist(), ended.ends, strict=True):
+                    written[i] = (written[i] + tokens)[: allowed[i]]
+                    if pause and not end and len(written[i]) < allowed[i]:
+                        later.append(i)
+                        continue
+                    text = self.tok_decode(written[i])
+                    texts[i] = postprocess_generated_text(text, stop=until, think_end_token=None)
+            order = later
         return texts
 
     @contextlib.contextmanager
@@ -138,6 +156,28 @@ class SharedPrefixLM(HFLM):
             yield
         finally:
             self.model.generation_config = kept
+
+
+class _Ended(StoppingCriteria):
+    """Which rows have written a stop string or an end; lm-eval's own waits until all have written the same string."""
+
+    def __init__(self, lm: SharedPrefixLM, until: Sequence[str], start: int) -> None:
+        self.lm, self.start, self.ends = lm, start, list[bool]()
+        self.until = [stop for stop in until if stop]
+        # A model can write a stop string in other tokens than the tokenizer does, and in more of them.
+        sizes = [len(lm.tokenizer.encode(stop, add_special_tokens=False)) for stop in self.until]
+        self.look = 2 + max(sizes, default=0)
+        final = lm.model.generation_config.eos_token_id
+        self.final = set(final) if isinstance(final, list) else {final}
+
+    def __call__(self, input_ids: Tensor, scores: Any = None, **_given: Any) -> Any:
+        """(B,) bool, of the tokens so far."""
+        self.ends = self.ends or [False] * len(input_ids)
+        last = input_ids[:, self.start :][:, -self.look :].tolist()
+        for row in (r for r, end in enumerate(self.ends) if not end):
+            text = self.lm.tok_decode(last[row], skip_special_tokens=False)
+            self.ends[row] = last[row][-1] in self.final or any(stop in text for stop in self.until)
+        return torch.tensor(self.ends, device=input_ids.device)
 
 
 def _batches(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+from traitlets.config import Config
 
 from semalign.pipeline import forks
 from semalign.planning.preflight import preflight
@@ -20,6 +21,7 @@ from semalign.profiles import Profile, declared, load_profile
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 NOTEBOOKS = ROOT / "notebooks"
+SOCKET = 100  # characters of the path of a socket, and few more, that every Unix takes
 
 NEEDS: dict[str, tuple[Callable[[Profile], bool], str]] = {
     **{
@@ -224,6 +226,14 @@ def leave_the_user_out(empty: Path) -> None:
         os.environ["XDG_CACHE_HOME"] = str(empty / "cache")
 
 
+def sockets_of(folder: Path) -> Config:
+    """Files for a kernel to talk by: of ports, which are chosen before it binds them, two kernels can get the same."""
+    place = str(folder / "k")
+    if os.name != "posix" or len(os.fsencode(place)) > SOCKET:
+        return Config()
+    return Config({"KernelManager": {"transport": "ipc", "ip": place}})
+
+
 def run_notebook(name: str, profile: str, results: Path, planned: str = "") -> Path:
     """Execute one notebook for a profile, by its name or path; ``planned`` is the digest that its run counts on.
 
@@ -268,7 +278,8 @@ def run_notebook(name: str, profile: str, results: Path, planned: str = "") -> P
 
             nb_man.cell_start = announce
             quiet = ["--IPKernelApp.log_level=50"]  # the kernel reports its transport and its shutdown
-            super().execute_managed_notebook(nb_man, kernel_name, extra_arguments=quiet, **kwargs)
+            told = sockets_of(Path(own.name))
+            super().execute_managed_notebook(nb_man, kernel_name, extra_arguments=quiet, config=told, **kwargs)
 
     papermill.engines.papermill_engines.register("progress", Progress)
     given = {"profile": profile, "results": str(results)}

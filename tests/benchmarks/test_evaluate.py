@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,53 @@ def test_generation_is_the_models_own_whatever_the_batch() -> None:
     prompt = torch.tensor([lm.tok_encode(f"Question: {GSM8K[0]['question']}\nAnswer:")])
     made = model.generate(prompt, max_new_tokens=12, do_sample=False)[0, prompt.shape[1] :]
     assert found[0][0]["responses"] == [tokenizer.decode(made, skip_special_tokens=True)]
+
+
+class Writes(torch.nn.Module):
+    """A stand-in for a model that writes to each prompt what ``answers`` has for it, a byte a token, and then EOS."""
+
+    def __init__(self, answers: dict[str, str]) -> None:
+        super().__init__()
+        self.inner, self.answers, self.read = tiny_llama(vocab=259, max_position_embeddings=512), answers, list[int]()
+        self.tokenizer = byte_tokenizer()
+        self.inner.register_forward_pre_hook(self.count, with_kwargs=True)
+        self.inner.lm_head.register_forward_hook(self.write)
+
+    def count(self, _module: Any, _args: Any, given: dict[str, Any]) -> None:
+        self.read.append(given["input_ids"].shape[0])
+        start = given["input_ids"].shape[1] > 1
+        self.so_far = given["input_ids"] if start else torch.cat([self.so_far, given["input_ids"]], 1)
+
+    def write(self, _module: Any, _args: Any, logits: torch.Tensor) -> torch.Tensor:
+        made = torch.zeros_like(logits)
+        for row, ids in enumerate(self.so_far.tolist()):
+            text = self.tokenizer.decode(ids, skip_special_tokens=True)
+            prompt = next(p for p in self.answers if text.startswith(p))
+            rest = self.answers[prompt][len(text) - len(prompt) :]
+            made[row, -1, self.tokenizer(rest[0])["input_ids"][1] if rest else self.tokenizer.eos_token_id] = 1.0
+        return made
+
+
+def test_a_batch_ends_with_its_answers_and_long_ones_go_on_together() -> None:
+    answers = {f"Question {i}:": "x" * n for i, n in enumerate((3, 30, 2, 5, 31, 4))}
+    answers["Question 3:"] = "xxxxx STOP and what comes after it, for ever and ever"
+    model = Writes(answers)
+    lm = SharedPrefixLM(pretrained=model.inner, tokenizer=model.tokenizer, batch_size=2)
+
+    def asked(**options: Any) -> tuple[list[str], list[int]]:
+        model.read.clear()
+        given = {"until": ["STOP"], "max_gen_toks": 40, "do_sample": False, **options}
+        requests = [types.SimpleNamespace(args=(prompt, dict(given))) for prompt in answers]
+        return lm.generate_until(requests), list(model.read)  # type: ignore[arg-type]
+
+    texts, read = asked()
+    assert texts == ["xxx", "x" * 30, "xx", "xxxxx ", "x" * 31, "xxxx"]
+    # Of three batches of two, two have a long answer and pause at half of 40 tokens; the other ends with STOP and EOS.
+    assert len(read) == 20 + len("xxxxx STOP") + 20 + (31 - 20 + 1) and set(read) == {2}
+    short, _ = asked(max_gen_toks=10)
+    assert short == ["xxx", "x" * 10, "xx", "xxxxx ", "x" * 10, "xxxx"]
+    odd, _ = asked(max_gen_toks=31)
+    assert odd == texts
 
 
 @pytest.mark.parametrize("task", ["mmlu", "gsm8k"])

@@ -158,8 +158,12 @@ def controller(
 
 
 def said_by_jobs(results: Path) -> str:
-    """The ends of what the jobs of the cluster printed."""
-    return "\n".join(f"-- {p}\n{p.read_text()[-3000:]}" for p in sorted((results / "slurm").rglob("*.log")))
+    """What the jobs of the cluster printed: of each the end, and what the project itself said was wrong."""
+
+    def told(text: str) -> str:
+        return "\n".join([*(line for line in text.splitlines() if line.startswith("semalign: ")), text[-2000:]])
+
+    return "\n".join(f"-- {p}\n{told(p.read_text())}" for p in sorted((results / "slurm").rglob("*.log")))
 
 
 def same(one: Any, two: Any, where: str = "") -> list[str]:

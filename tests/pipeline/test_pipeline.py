@@ -17,6 +17,7 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
+from jupyter_client.manager import AsyncKernelManager
 from working_copy import command, copy_to
 
 from semalign.lm.files import read_json, write_json
@@ -264,6 +265,13 @@ def test_the_users_settings_reach_no_page(tmp_path: Path) -> None:
     ]
     assert sum("image/svg+xml" in o.get("data", {}) for o in outputs) == 2
     assert not [o for o in outputs if o.get("name") == "stderr" or "a stray line" in str(o)]
+
+
+def test_kernels_talk_by_files_where_the_path_is_short_enough(tmp_path: Path) -> None:
+    near = AsyncKernelManager(config=notebooks.sockets_of(Path("/tmp/t")))
+    assert (near.transport, near.ip) == ("ipc", "/tmp/t/k")
+    far = AsyncKernelManager(config=notebooks.sockets_of(tmp_path / ("deep" * 25)))
+    assert far.transport == "tcp"
 
 
 def test_a_profile_runs_the_chapters_whose_needs_it_meets_and_a_job_for_each_trial() -> None:
