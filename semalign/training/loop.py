@@ -84,7 +84,8 @@ class FloatAdamW(torch.optim.AdamW):
         self.live = list(parameters)
         self.masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self.live]
         self.handles: list[Any] = []
-        super().__init__(self.masters, lr=lr, weight_decay=0.0)
+        # In one call for all of them: the same bits, and a twentieth of a small model's training less.
+        super().__init__(self.masters, lr=lr, weight_decay=0.0, foreach=True)
 
     def __enter__(self) -> FloatAdamW:
         def mover(master: nn.Parameter) -> Callable[[nn.Parameter], None]:
