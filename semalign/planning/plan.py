@@ -233,14 +233,15 @@ def method_steps(p: Profile, name: str) -> dict[str, float]:
     t, s, size, way = shape_of(p.teacher), shape_of(p.student), SIZES[p.dtype], WAYS[name]
     longest = min(p.max_length, _file()["longest"])
     tokens, theirs, ours = p.eval_batch_size * longest, t.parameters * size, s.parameters * size
-    steps: dict[str, float] = {"answering": ours + _cache(s, p, size)}
+    rows, whole = p.answered_at_once, longest + (p.max_new_tokens or 512)
+    steps: dict[str, float] = {"answering": ours + cache(s, rows, whole, size)}
     if way.teacher in ("chooses", "states", "all") and p.layer is None:
         steps["attribution"] = theirs + attribution(t, longest, size)
     if way.teacher in ("states", "all", "top"):
         maps = 8 * 3 * (t.width**2 + s.width**2) + s.vocabulary * s.width * size
         steps["teacher's pass"] = theirs + maps + 2048 * 4 * (t.mlp + t.width) * size + 256 * t.vocabulary * 12
     if way.teacher == "writes":
-        steps["teacher's answers"] = theirs + _cache(t, p, size)
+        steps["teacher's answers"] = theirs + cache(t, rows, whole, size)
     if way.teacher == "weights":
         whole = kept_for_backward(t, longest, size, layers=t.layers, trained="layer")
         steps["teacher's gradients"] = theirs + whole + 4 * 3 * t.width * t.mlp + longest * t.vocabulary * 12
@@ -288,10 +289,9 @@ def training(
     return passes * kept + numbers * 20 + 4 * tokens * s.width * 2 + LOGITS
 
 
-def _cache(s: Shape, p: Profile, size: int) -> float:
-    """Keys and values of a batch that writes, and one position's logits in float32."""
-    length = min(p.max_length, _file()["longest"]) + (p.max_new_tokens or 512)
-    return p.answered_at_once * (2 * s.layers * s.groups * s.head * size * length + 12 * s.vocabulary)
+def cache(s: Shape, rows: int, tokens: int, size: int) -> float:
+    """Bytes beside the weights of ``rows`` that are written up to ``tokens``: keys and values, and float32 logits."""
+    return rows * (2 * s.layers * s.groups * s.head * size * tokens + 12 * s.vocabulary)
 
 
 def chapter_memory(p: Profile, name: str) -> Need:
@@ -358,7 +358,7 @@ def method_seconds(p: Profile, name: str, task: str, card: str) -> float:
     tokens, _ = positions(p, task)
     # A student that trains is loaded for its head and again; the teacher, for what is asked of it, and as the judge.
     students, teachers = 1 + (way.layers != "none"), 1 + (way.teacher != "none")
-    seconds = SIZES[p.dtype] * (students * s.parameters + teachers * t.parameters) / (_file()["machine"]["load"] * 1e9)
+    seconds = _loaded(p, students * s.parameters + teachers * t.parameters)
     read = 0.0
     if way.teacher in ("states", "all", "top"):
         read += 2 * t.parameters * tokens
@@ -399,7 +399,7 @@ def work_seconds(p: Profile, work: Work, card: str) -> float:
         read = 2 * (t.parameters + s.parameters) * (work.examples + p.sizes.validation) * tokens
         seconds += _computed(read, rates, "reads")
         models += t.parameters + s.parameters
-    seconds += SIZES[p.dtype] * models / (_file()["machine"]["load"] * 1e9)
+    seconds += _loaded(p, models)
     return work.trainings * (seconds + (_answered(p, model, work.task, rates) if work.answers else 0.0))
 
 
@@ -410,6 +410,11 @@ def _asked(task: str) -> dict[str, Any]:
 
 def _computed(flops: float, rates: dict[str, float], kind: str) -> float:
     return flops / (rates["peak"] * 1e12 * rates[kind])
+
+
+def _loaded(p: Profile, parameters: int) -> float:
+    """Seconds until so many numbers are on the card."""
+    return SIZES[p.dtype] * parameters / (_file()["machine"]["load"] * 1e9)
 
 
 def _answered(p: Profile, s: Shape, task: str, rates: dict[str, float]) -> float:

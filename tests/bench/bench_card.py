@@ -1,12 +1,12 @@
 """A profile's plan against a card: bytes at the peak and seconds of every kind of step, at the models' true shapes.
 
-    python tests/bench/bench_card.py [--profile llama2] [--minutes 8] [--only WORD ...] [--rehearse]
+    python tests/bench/bench_card.py [--profile llama2] [--minutes 8] [--only WORD ...] [--quick]
 
 Weights are random and made on the card, in the profile's type; examples are texts of as many tokens as the plan
 assumes, the longest for memory and the means for seconds. Both tables give what was measured over what ``make plan``
 says: memory as PyTorch counts it, without what CUDA itself takes, and rates as shares of an H100's peak by the plan's
 own count of operations. What needs more memory than there is says so. Without an NVIDIA GPU a sentence is all there is;
-``--rehearse`` runs the same on a CPU with models of four narrow layers, for which no number means anything. The numbers
+``--quick`` runs the same on a CPU with models of four narrow layers, for which no number means anything. The numbers
 go to ``results/bench/card.json``.
 """
 
@@ -51,13 +51,18 @@ RATES = planning._file()["cards"]["H100"]
 ELSEWHERE = {"gkd": {"new_tokens": 32}, "oprd": {"new_tokens": 32}}  # what takes long and needs no more memory for it
 
 
+def letters(draw: random.Random, n: int) -> str:
+    """A text of so many tokens, a byte each."""
+    return "".join(draw.choices("abcdefghijklmnopqrstuvwxyz ", k=n))
+
+
 class Card:
     """The machine, the pair's shapes, and what was measured on it so far."""
 
-    def __init__(self, p: Profile, rehearse: bool, minutes: float) -> None:
-        self.p, self.device = p, "cpu" if rehearse else "cuda"
+    def __init__(self, p: Profile, quick: bool, minutes: float) -> None:
+        self.p, self.device = p, "cpu" if quick else "cuda"
         of = (planning.shape_of(p.teacher), planning.shape_of(p.student))
-        self.teacher, self.student = (SMALL, replace(SMALL, width=48, mlp=128, head=12)) if rehearse else of
+        self.teacher, self.student = (SMALL, replace(SMALL, width=48, mlp=128, head=12)) if quick else of
         self.dtype = getattr(torch, p.dtype)
         torch.backends.cuda.enable_cudnn_sdp(False)  # as where models are loaded
         self.tokenizer, self.end = byte_tokenizer(), time.monotonic() + 60 * minutes
@@ -81,11 +86,8 @@ class Card:
         """Texts of so many tokens, a byte each."""
         draw = random.Random(0)
 
-        def text(n: int) -> str:
-            return "".join(draw.choices("abcdefghijklmnopqrstuvwxyz ", k=n))
-
         def some(n: int) -> tuple[Example, ...]:
-            return tuple(Example(text(prompt - 1), text(answer - 1)) for _ in range(n))
+            return tuple(Example(letters(draw, prompt - 1), letters(draw, answer - 1)) for _ in range(n))
 
         return TaskData("random", some(examples), some(seeds), some(seeds), some(seeds))
 
@@ -162,7 +164,7 @@ def answering(card: Card, shape: planning.Shape, prompt: int, new: int) -> dict[
     draw = random.Random(1)
     requests = []
     for _ in range(p.answered_at_once):
-        text = "".join(draw.choices("abcdefghijklmnopqrstuvwxyz ", k=prompt - 1))
+        text = letters(draw, prompt - 1)
         given = (text, {"until": ["###"], "max_gen_toks": new, "do_sample": False})
         requests.append(type("Request", (), {"args": given})())
     calls: list[float] = []
@@ -173,9 +175,7 @@ def answering(card: Card, shape: planning.Shape, prompt: int, new: int) -> dict[
     hook.remove()
     steps, first = len(calls), calls[1] - calls[0] if len(calls) > 1 else 0.0
     size = planning.SIZES[p.dtype]
-    cache = p.answered_at_once * 2 * shape.layers * shape.groups * shape.head * size
-    logits = p.answered_at_once * 12 * shape.vocabulary
-    said = shape.parameters * size + cache * (prompt + new) + logits
+    said = shape.parameters * size + planning.cache(shape, p.answered_at_once, prompt + new, size)
     step = (spent[0] - first) / max(1, steps - 1)
     planned = planning.step_seconds(shape, size, RATES)
     return {
@@ -318,33 +318,29 @@ def main() -> int:
     parser.add_argument("--profile", default="llama2")
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--only", nargs="*", default=[], help="rows whose name has one of these words")
-    parser.add_argument("--rehearse", action="store_true")
-    parser.add_argument(
-        "--quick", action="store_true", help="the same as --rehearse, as the other measurements have it"
-    )
+    parser.add_argument("--quick", action="store_true", help="narrow models on a CPU")
     given = parser.parse_args()
-    rehearse = given.rehearse or given.quick
-    if not rehearse and not torch.cuda.is_available():
-        print("the plan is not measured here: torch sees no NVIDIA GPU; --rehearse runs the steps on a CPU")
+    if not given.quick and not torch.cuda.is_available():
+        print("the plan is not measured here: torch sees no NVIDIA GPU; --quick runs the steps on a CPU")
         return 0
     p = load_profile(given.profile)
-    card = Card(p, rehearse, given.minutes)
+    card = Card(p, given.quick, given.minutes)
     # A print of 26 GB takes longer than any step here; it has a row of its own.
     supervision.fingerprint = alignment.fingerprint = lambda model: f"random {len(head_weight(model)[0])}"  # type: ignore[assignment]
     if card.device == "cuda":
         print(
             torch.cuda.get_device_name(), torch.__version__, f"{torch.cuda.mem_get_info()[1] / 1e9:.1f} GB", flush=True
         )
-    many, few = (8, 2) if rehearse else (128, p.eval_batch_size)
-    longest = 40 if rehearse else min(p.max_length, planning._file()["longest"])
+    many, few = (8, 2) if given.quick else (128, p.eval_batch_size)
+    longest = 40 if given.quick else min(p.max_length, planning._file()["longest"])
     rows: list[tuple[str, Callable[[], dict[str, Any]]]] = [
         ("seconds: training, all layers (sft)", lambda: training(card, "sft", many, 110, 140)),
         ("seconds: training, layer k (semalign)", lambda: training(card, "semalign", many, 110, 140)),
         ("seconds: the teacher's pass, states", lambda: teaching(card, many, 110, 140, 0)),
         ("seconds: the teacher's pass, logits", lambda: teaching(card, many, 110, 140, 64)),
-        ("seconds: attribution", lambda: attributing(card, 4 if rehearse else 20, 110, 140)),
-        ("seconds: the student writes", lambda: answering(card, card.student, 110, 8 if rehearse else 100)),
-        ("seconds: the teacher writes", lambda: answering(card, card.teacher, 110, 8 if rehearse else 100)),
+        ("seconds: attribution", lambda: attributing(card, 4 if given.quick else 20, 110, 140)),
+        ("seconds: the student writes", lambda: answering(card, card.student, 110, 8 if given.quick else 100)),
+        ("seconds: the teacher writes", lambda: answering(card, card.teacher, 110, 8 if given.quick else 100)),
         ("seconds: the student scores choices", lambda: scoring(card, card.student, 130, many)),
         ("seconds: new lengths", lambda: lengths(card)),
         ("seconds: loading", lambda: loading(card)),
@@ -352,8 +348,8 @@ def main() -> int:
         ("seconds: the map by rotation", lambda: mapping(card, "procrustes")),
         ("seconds: layers left out, neurons", lambda: skipping(card)),
         ("memory: attribution", lambda: attributing(card, 2, longest // 2, longest - longest // 2)),
-        ("memory: the student writes", lambda: answering(card, card.student, longest, 4 if rehearse else 24)),
-        ("memory: the teacher writes", lambda: answering(card, card.teacher, longest, 4 if rehearse else 24)),
+        ("memory: the student writes", lambda: answering(card, card.student, longest, 4 if given.quick else 24)),
+        ("memory: the teacher writes", lambda: answering(card, card.teacher, longest, 4 if given.quick else 24)),
     ]
     # Random weights end no answer, so that nothing would be learned from what a teacher writes.
     names = [m for m in [*p.methods, *REGISTRY] if m not in ("none", "seq_kd") and REGISTRY[m].vocabularies == "same"]

@@ -179,8 +179,9 @@ def test_the_plan_of_memory_is_what_a_card_counted() -> None:
     )
     writes = counted["writes"]
     for name, of in {"student": planning.shape_of(p.student), "teacher": teacher}.items():
-        short = p.changed(answer_batch_size=writes["answer_batch_size"], max_new_tokens=writes["tokens"] - 700)
-        assert 2 * of.parameters + planning._cache(of, short, 2) == pytest.approx(1e9 * writes[name], rel=0.1)
+        assert 2 * of.parameters + planning.cache(
+            of, writes["answer_batch_size"], writes["tokens"], 2
+        ) == pytest.approx(1e9 * writes[name], rel=0.1)
     page = planning.markdown(planning.plan(p, ["04_alignment"]))
     assert "| 80 GB | counted |" in page and re.search(r"method `sft` .* fits \| 46.7 \|\n", page)
     for other in (
