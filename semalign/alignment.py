@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from semalign.attribution import layer_attribution, over_examples
-from semalign.lm.examples import Encoded, TaskData, collate, encode, supervised
+from semalign.lm.examples import Encoded, TaskData, collate, encode, mask_of, supervised
 from semalign.lm.hooks import SUBLAYERS, capture, check_sublayers, float_logits
 from semalign.lm.parts import Model, decoder_layers, fingerprint, head_weight, norm_gain
 from semalign.models import Pair
@@ -301,7 +301,7 @@ def objective_of(
         mask, rows = supervised(batch["labels"]), supervision.rows(examples)
         taps = [(k, config.interface) for k in stage.layers] if config.layer_weight else []
         with capture(student, taps) as seen:
-            final = stage.forward(stage.read(examples), batch["attention_mask"])
+            final = stage.forward(stage.read(examples), mask_of(batch))
         with torch.autocast(device.type, enabled=False):  # which would round the operands of every product below
             return losses(stage, examples, batch["labels"], mask, rows, {tap: seen[tap][mask] for tap in taps}, final)
 

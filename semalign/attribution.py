@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from semalign.lm.examples import IGNORED, Encoded, collate, supervised
+from semalign.lm.examples import IGNORED, Encoded, collate, mask_of, supervised
 from semalign.lm.hooks import POINTS, SUBLAYERS, capture, check_sublayers, skip_layers
 from semalign.lm.parts import Model, decoder_layers, head_weight
 
@@ -33,9 +33,9 @@ def objective(model: Model, batch: Batch) -> Tensor:
     if not (batch["labels"][:, 1:] != IGNORED).any():
         raise ValueError("the batch has no supervised position: every label is -100: give examples with a response")
     device = next(model.parameters()).device
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    labels = batch["labels"][:, 1:]
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    ids, labels, mask = batch["input_ids"].to(device), batch["labels"][:, 1:].to(device), mask_of(batch)
+    mask = None if mask is None else mask.to(device)
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED)
 
 
@@ -140,6 +140,17 @@ def over_examples(model: Model, encoded: Sequence[Encoded], read: Callable[[Mode
         batch = collate([example], 0, head_weight(model).device)
         total = total + read(model, batch).cpu() * int(supervised(batch["labels"]).sum())
     return total
+
+
+def of_each(model: Model, encoded: Sequence[Encoded], read: Callable[[Model, Batch], Tensor]) -> Tensor:
+    """What each of n examples contributes to what ``read`` scores of all of them in one batch: (n, ...), on the CPU.
+
+    That is its own score by its share of the supervised positions, over which the objective is a mean. Scores of the
+    batch are the sum of these, where they are ``signed`` or ``abs``, and the root of their summed squares as ``l2``.
+    """
+    counts = [int(supervised(e.labels).sum()) for e in encoded]
+    scores = [read(model, collate([e], 0, head_weight(model).device)).cpu() for e in encoded]
+    return torch.stack([score * (n / sum(counts)) for score, n in zip(scores, counts, strict=True)])
 
 
 @torch.no_grad()

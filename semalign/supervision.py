@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from semalign.lm.examples import Encoded, by_length, collate, supervised
+from semalign.lm.examples import Encoded, by_length, collate, mask_of, supervised
 from semalign.lm.files import locked, reserve
 from semalign.lm.hooks import (
     POINTS,
@@ -216,7 +216,7 @@ def _fill(
         for examples in by_length(data, batch_tokens):
             batch = collate([data[i] for i in examples], 0, device)
             mask, rows = supervised(batch["labels"]), _rows(arrays["offsets"], examples)
-            out = decoder(teacher)(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+            out = decoder(teacher)(batch["input_ids"], attention_mask=mask_of(batch), use_cache=False)
             for number, source in enumerate(sources):
                 low, high = (seen[layer, source.point][mask].float() for layer in (source.low, source.high))
                 h = torch.lerp(low, high, source.mix)

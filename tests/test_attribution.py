@@ -1,17 +1,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from captum.attr import LayerGradientXActivation
-from tiny import tiny_llama
+from tiny import tiny_llama, toy_data
 from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from semalign.attribution import layer_attribution, neuron_attribution, objective, skip_loss
+from semalign.attribution import layer_attribution, neuron_attribution, objective, of_each, skip_loss
 from semalign.lm.examples import IGNORED, Encoded, collate
 from semalign.lm.hooks import check_sublayers
 from semalign.lm.parts import decoder_layers, sublayers
@@ -113,6 +114,19 @@ def test_the_signed_sum_at_the_last_stream_is_zero_under_rms_norm(batch: dict[st
     assert signed[-1].abs().max() < 1e-4 * size[-1].max()
     assert signed[:-1].abs().amax((1, 2)).min() > 1e-2 * size[-1].max()  # of the last layer only
     assert layer_attribution(model, batch, point="mlp")[-1].abs() > 1e-3  # and of the stream only
+
+
+def test_examples_one_by_one_add_up_to_their_batch() -> None:
+    model, data = tiny_llama(), toy_data(5)
+    whole = collate(data, 0)
+    assert len({len(e.input_ids) for e in data}) > 1  # so that the batch is padded
+    for reduce in ("signed", "abs", "l2"):
+        parts = of_each(model, data, partial(layer_attribution, reduce=reduce))
+        put = parts.norm(dim=0) if reduce == "l2" else parts.sum(0)
+        assert len(parts) == 5
+        torch.testing.assert_close(put, layer_attribution(model, whole, reduce=reduce), rtol=1e-4, atol=1e-5)
+    for read in (skip_loss, neuron_attribution):
+        torch.testing.assert_close(of_each(model, data, read).sum(0), read(model, whole), rtol=1e-4, atol=1e-5)
 
 
 def test_padding_contributes_nothing(batch: dict[str, Tensor]) -> None:
@@ -235,8 +249,13 @@ def test_a_batch_follows_its_model_to_another_device(batch: dict[str, Tensor]) -
             super().__init__()
             self.weight = nn.Parameter(torch.empty(97, 97, device="meta"))
 
-        def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool) -> Any:
-            assert input_ids.device == attention_mask.device == self.weight.device
+        def forward(self, input_ids: Tensor, attention_mask: Tensor | None, use_cache: bool) -> Any:
+            assert input_ids.device == self.weight.device
+            assert attention_mask is None or attention_mask.device == self.weight.device
+            masked.append(attention_mask is not None)
             return SimpleNamespace(logits=self.weight[input_ids])
 
-    assert objective(Elsewhere(), batch).device.type == "meta"
+    masked: list[bool] = []
+    for given in (batch, {name: tensor.flip(1) for name, tensor in batch.items()}):
+        assert objective(Elsewhere(), given).device.type == "meta"
+    assert masked == [False, True]

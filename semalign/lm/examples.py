@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -119,6 +119,16 @@ def collate(encoded: Sequence[Encoded], pad_id: int, device: Any = "cpu") -> dic
     }
     pad = torch.nn.utils.rnn.pad_sequence
     return {n: pad(rows, batch_first=True, padding_value=fill).to(device) for n, (rows, fill) in columns.items()}
+
+
+def mask_of(batch: Mapping[str, Tensor]) -> Tensor | None:
+    """The mask that a causal model needs for a batch: none where each row's padding is behind its tokens.
+
+    No token looks at what is behind it. A mask costs: on a GPU every layer copies it for each of its heads and keeps
+    the copy for the backward pass, a quarter of a gigabyte a layer for Llama-2 7B and 8 rows of 700 tokens.
+    """
+    mask = batch["attention_mask"]
+    return None if bool((mask[:, 1:] <= mask[:, :-1]).all()) else mask
 
 
 def supervised(labels: Tensor) -> Tensor:

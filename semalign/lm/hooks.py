@@ -232,7 +232,7 @@ def check_head(model: Model) -> None:
 
 
 @contextmanager
-def partial_decoder(model: Model, first: int, last: int) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
+def partial_decoder(model: Model, first: int, last: int) -> Iterator[Callable[[Tensor, Tensor | None], Tensor]]:
     """A function (hidden, attention_mask) -> final states that runs layers first..last on layer ``first``'s input.
 
     The decoder's own forward runs, so positions and masks are the architecture's; ``hidden`` (B, T, D) enters at the
@@ -245,7 +245,7 @@ def partial_decoder(model: Model, first: int, last: int) -> Iterator[Callable[[T
         _received(module, args, kwargs)
         return ((feed[0], *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": feed[0]})
 
-    def forward(hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    def forward(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
         feed[:] = [hidden]
         out = decoder(model)(inputs_embeds=hidden, attention_mask=attention_mask, use_cache=False)
         return out.last_hidden_state

@@ -32,7 +32,7 @@ from semalign.contributions import (
     within,
     written,
 )
-from semalign.lm.examples import Encoded, TaskData, by_length, collate, encode, supervised
+from semalign.lm.examples import Encoded, TaskData, by_length, collate, encode, mask_of, supervised
 from semalign.lm.hooks import check_sublayers, skip_layers
 from semalign.lm.parts import Model, decoder, decoder_layers, fingerprint, head_weight
 from semalign.methods.registry import Method
@@ -240,7 +240,7 @@ def _states(
     with entering(teacher, [(layer, point)]) as seen, skip_layers(teacher, above):
         for some in by_length(encoded, batch_tokens):
             batch = collate([encoded[i] for i in some], 0, head_weight(teacher).device)
-            decoder(teacher)(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+            decoder(teacher)(batch["input_ids"], attention_mask=mask_of(batch), use_cache=False)
             x = seen[layer, point]
             if not len(kept):
                 kept = torch.empty(starts[-1], x.shape[-1], dtype=getattr(torch, dtype))

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from semalign import alignment
-from semalign.lm.examples import IGNORED, Encoded, TaskData, by_length, collate, supervised
+from semalign.lm.examples import IGNORED, Encoded, TaskData, by_length, collate, mask_of, supervised
 from semalign.lm.hooks import capture, check_head, float_logits, skip_layers
 from semalign.lm.parts import Model, decoder, decoder_layers, final_norm, head_weight
 from semalign.methods.registry import Method
@@ -113,7 +113,7 @@ def transfer(
             before = final_norm(student)(seen[n_student, "stream"][mask])
             theirs = [aligned(partners[i]) for i in examples]
             with swapped(student, k, [ends[i] for i in examples], theirs):
-                after = stage.forward(stage.read(examples), batch["attention_mask"])[mask]
+                after = stage.forward(stage.read(examples), mask_of(batch))[mask]
             with torch.autocast(student.device.type, enabled=False):
                 causal = _movement_of(student, before, after, Movement(*(t[rows] for t in moved)), vocabulary).sum()
             sums |= {"semantic": sums["layer_loss"], "causal": causal}
@@ -208,7 +208,7 @@ def movements(
 
     def run(examples: list[int]) -> tuple[dict[str, Tensor], Tensor]:
         batch = collate([encoded[i] for i in examples], 0, device)
-        out = decoder(teacher)(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        out = decoder(teacher)(batch["input_ids"], attention_mask=mask_of(batch), use_cache=False)
         return batch, out.last_hidden_state
 
     with capture(teacher, [(layer, "stream")]) as seen, skip_layers(teacher, above):

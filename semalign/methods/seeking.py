@@ -339,8 +339,9 @@ def window_shares(
     return shares
 
 
-def _place(model: Model) -> torch.device:
-    return next(model.parameters()).device
+def has_room(device: torch.device, scores: int) -> bool:
+    """Whether so many bytes of scores leave a device ``ROOM``; the host is not asked."""
+    return device.type != "cuda" or torch.cuda.mem_get_info(device)[0] > scores + ROOM
 
 
 def sensitivity_for(
@@ -358,9 +359,8 @@ def sensitivity_for(
     paths = {_path(name, i) for i, part in enumerate(shapes) for name in part}
     names = {f"{stack}.{k}.{path}.weight" for k in range(len(decoder_layers(teacher))) for path in paths}
     needed = 4 * sum(p.numel() for name, p in teacher.named_parameters() if name in names)
-    device = _place(teacher)
-    fits = device.type != "cuda" or torch.cuda.mem_get_info(device)[0] > needed + ROOM
-    return sensitivity(teacher, encoded, device=None if fits else "cpu", whole=names)
+    beside = has_room(next(teacher.parameters()).device, needed)
+    return sensitivity(teacher, encoded, device=None if beside else "cpu", whole=names)
 
 
 def transfer(pair: Pair, data: TaskData, config: TransferConfig | None = None) -> TransferResult:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from semalign import alignment
-from semalign.lm.examples import Encoded, TaskData, by_length, collate, supervised
+from semalign.lm.examples import Encoded, TaskData, by_length, collate, mask_of, supervised
 from semalign.lm.hooks import capture
 from semalign.lm.parts import Model, decoder, decoder_layers, final_norm, head_weight, norm_gain
 from semalign.methods.registry import Method
@@ -209,7 +209,7 @@ def below(pair: Pair, encoded: Sequence[Encoded], sources: Sequence[int]) -> dic
     with capture(teacher, [(depth, "stream") for depth in {*layers.values()}]) as seen:
         for examples in by_length(encoded, 2048):
             batch = collate([encoded[i] for i in examples], 0, head_weight(teacher).device)
-            decoder(teacher)(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+            decoder(teacher)(batch["input_ids"], attention_mask=mask_of(batch), use_cache=False)
             for k, depth in layers.items():
                 mapped = (seen[depth, "stream"].float() @ matrix.to(seen[depth, "stream"].device).float().T).cpu()
                 found[k] |= {i: mapped[row, : len(encoded[i].input_ids)].clone() for row, i in enumerate(examples)}

@@ -27,7 +27,7 @@ from semalign.contributions import (
     last_matrix,
     written,
 )
-from semalign.lm.examples import Encoded, TaskData, collate
+from semalign.lm.examples import Encoded, TaskData, collate, mask_of
 from semalign.lm.hooks import capture
 from semalign.lm.parts import Model, decoder, decoder_layers, head_weight
 from semalign.methods.heads import paired, parts_of
@@ -88,7 +88,7 @@ def remainders(model: Model, example: Encoded) -> dict[str, float]:
     batch = collate([example], 0, head_weight(model).device)
     taps = [(k, point) for k in range(1, len(decoder_layers(model)) + 1) for point in MATRICES]
     with capture(model, taps) as whole, entering(model, taps) as seen:
-        decoder(model)(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        decoder(model)(batch["input_ids"], attention_mask=mask_of(batch), use_cache=False)
     largest = dict.fromkeys(MATRICES, 0.0)
     for k, point in taps:
         x, added = seen[k, point][0], whole[k, point][0]

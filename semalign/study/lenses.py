@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from semalign import pairing
-from semalign.lm.examples import Encoded, collate, encode, supervised
+from semalign.lm.examples import Encoded, collate, encode, mask_of, supervised
 from semalign.lm.hooks import float_logits, skip_layers
 from semalign.lm.parts import Model, decoder, decoder_layers, head_weight
 from semalign.methods.fdd import lens
@@ -126,7 +126,7 @@ def swap_effect(
     p, width = logp.exp(), maps.shape[2]
 
     def divergence() -> float:
-        out = decoder(student)(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        out = decoder(student)(batch["input_ids"], attention_mask=mask_of(batch), use_cache=False)
         logq = float_logits(student, out.last_hidden_state[answering])[:, : p.shape[1]].log_softmax(-1).cpu()
         return float((p * (logp - logq)).sum(-1).double().mean())
 

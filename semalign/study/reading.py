@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from semalign.lm.examples import Encoded, collate, supervised
+from semalign.lm.examples import Encoded, collate, mask_of, supervised
 from semalign.lm.hooks import capture, float_logits
 from semalign.lm.parts import Model, decoder, decoder_layers
 from semalign.supervision import SupervisionCache
@@ -41,7 +41,7 @@ def read_out(
         places = supervised(part["labels"])
         targets = part["labels"][:, 1:][places[:, :-1]]
         final = decoder(model)(
-            input_ids=part["input_ids"], attention_mask=part["attention_mask"], use_cache=False
+            input_ids=part["input_ids"], attention_mask=mask_of(part), use_cache=False
         ).last_hidden_state
         logits = float_logits(model, final[places])
         predicted = logits.argmax(-1)
@@ -85,5 +85,5 @@ def layer_outputs(model: Model, encoded: Sequence[Encoded], point: str = "stream
     batch = collate(encoded, 0, next(model.parameters()).device)
     taps = [(k, point) for k in range(1, len(decoder_layers(model)) + 1)]
     with capture(model, taps) as seen:
-        decoder(model)(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        decoder(model)(input_ids=batch["input_ids"], attention_mask=mask_of(batch), use_cache=False)
     return [seen[tap][batch["attention_mask"].bool()].float().cpu() for tap in taps]

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from semalign.lm.examples import Encoded, by_length, collate
+from semalign.lm.examples import Encoded, by_length, collate, mask_of
 from semalign.lm.files import load_tensors, reserve, save_tensors
 from semalign.lm.hooks import capture, check_head, partial_decoder, skip_layers
 from semalign.lm.parts import Model, decoder, decoder_layers, head_weight
@@ -45,7 +45,7 @@ class Stage:
 
     layers: tuple[int, ...]
     read: Callable[[Sequence[int]], Tensor]
-    forward: Callable[[Tensor, Tensor], Tensor]
+    forward: Callable[[Tensor, Tensor | None], Tensor]
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
 
@@ -160,7 +160,7 @@ def layer_inputs(
     with torch.no_grad(), capture(model, [(first, "input")]) as seen, skip_layers(model, above):
         for some in by_length(data, batch_tokens):
             batch = collate([data[i] for i in some], 0, weight.device)
-            decoder(model)(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+            decoder(model)(batch["input_ids"], attention_mask=mask_of(batch), use_cache=False)
             stored = states()
             for row, i in enumerate(some):
                 stored[offsets[i] : offsets[i + 1]] = seen[first, "input"][row, : len(data[i].input_ids)].cpu()

@@ -56,6 +56,18 @@ def letters(draw: random.Random, n: int) -> str:
     return "".join(draw.choices("abcdefghijklmnopqrstuvwxyz ", k=n))
 
 
+def model_of(s: planning.Shape, seed: int, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    """A model of this shape with random weights, made where it stays."""
+    config: Any = AutoConfig.for_model(
+        s.type, hidden_size=s.width, intermediate_size=s.mlp, num_hidden_layers=s.layers, head_dim=s.head,
+        num_attention_heads=s.heads, num_key_value_heads=s.groups, vocab_size=s.vocabulary,
+        tie_word_embeddings=s.tied, max_position_embeddings=4096, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
 class Card:
     """The machine, the pair's shapes, and what was measured on it so far."""
 
@@ -73,14 +85,7 @@ class Card:
 
     def made(self, s: planning.Shape, seed: int) -> PreTrainedModel:
         """A model of this shape with random weights, made where it stays."""
-        config: Any = AutoConfig.for_model(
-            s.type, hidden_size=s.width, intermediate_size=s.mlp, num_hidden_layers=s.layers, head_dim=s.head,
-            num_attention_heads=s.heads, num_key_value_heads=s.groups, vocab_size=s.vocabulary,
-            tie_word_embeddings=s.tied, max_position_embeddings=4096, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-        )  # fmt: skip
-        torch.manual_seed(seed)
-        with torch.device(self.device):
-            return AutoModelForCausalLM.from_config(config, dtype=self.dtype).eval()
+        return model_of(s, seed, self.dtype, self.device)
 
     def data(self, examples: int, prompt: int, answer: int, seeds: int = 2) -> TaskData:
         """Texts of so many tokens, a byte each."""

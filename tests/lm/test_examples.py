@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import Letters
+from tiny import FAMILIES, ODD, Letters
 
-from semalign.lm.examples import Encoded, Example, collate, encode, fitting, supervised
+from semalign.lm.examples import Encoded, Example, collate, encode, fitting, mask_of, supervised
 
 
 class NoBos(Letters):
@@ -66,3 +66,26 @@ def test_collate_pads_right_and_ignores_the_padding() -> None:
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
     assert batch["labels"].tolist() == [[-100, 6, 7], [8, 9, -100]]
     assert supervised(batch["labels"]).tolist() == [[True, True, False], [True, False, False]]
+
+
+def test_only_padding_in_front_of_a_token_needs_a_mask() -> None:
+    rows = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0]])
+    assert mask_of({"attention_mask": rows}) is None
+    for other in (rows.flip(1), torch.tensor([[1, 0, 1]])):
+        assert mask_of({"attention_mask": other}) is other
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *ODD])
+def test_padding_behind_tokens_changes_nothing_before_it(name: str) -> None:
+    """What :func:`mask_of` rests on, of a model's states and of the gradient of what is read of them."""
+    model = {**FAMILIES, **ODD}[name]().eval()
+    ids = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
+    found = []
+    for given in (mask, mask_of({"attention_mask": mask})):
+        states = model.get_decoder()(ids, attention_mask=given, use_cache=False).last_hidden_state[mask.bool()]
+        weight = next(model.parameters())
+        found.append((states.detach(), *torch.autograd.grad(states.square().sum(), weight)))
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)

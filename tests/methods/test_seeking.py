@@ -342,15 +342,18 @@ def test_what_extraction_reads_is_the_matrices_and_sums_of_the_rest() -> None:
 
 
 def test_scores_lie_on_the_host_where_the_card_has_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A card is pretended by what a parameter says of its device."""
-    asked: dict[str, Any] = {}
-    monkeypatch.setattr(seeking, "sensitivity", lambda *_a, **given: asked.update(given) or {})
-    monkeypatch.setattr(seeking, "_place", lambda _model: torch.device("cuda"))
-    shapes = student_shapes(student(), TARGETS)
-    for free, place in ((seeking.ROOM, "cpu"), (2 * seeking.ROOM, None)):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device, free=free: (free, free))
-        seeking.sensitivity_for(teacher(), shapes, toy_data(1))
-        assert asked["device"] == place
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (seeking.ROOM + 100, 0))
+    card = torch.device("cuda")
+    assert seeking.has_room(card, 99) and not seeking.has_room(card, 100) and seeking.has_room(torch.device("cpu"), 100)
+    asked: list[int] = []
+    places: list[Any] = []
+    monkeypatch.setattr(seeking, "has_room", lambda _device, scores: bool(asked.append(scores)) or len(asked) > 1)
+    monkeypatch.setattr(seeking, "sensitivity", lambda *_a, device, whole: places.append(device) or {})
+    big = teacher()
+    for _ in range(2):
+        seeking.sensitivity_for(big, student_shapes(student(), TARGETS), toy_data(1))
+    cut = [p for name, p in big.named_parameters() if name.split(".")[-2] in TARGETS]
+    assert places == ["cpu", None] and asked == [4 * sum(p.numel() for p in cut)] * 2
 
 
 def test_controls_choose_other_windows_by_their_seed() -> None:
