@@ -115,9 +115,9 @@ def _of_config(config: dict[str, Any]) -> Shape:
 def kept_for_backward(s: Shape, tokens: int, size: int, *, layers: int, trained: str = "") -> int:
     """Bytes that the forward pass of ``layers`` layers keeps for a backward pass over ``tokens`` padded tokens.
 
-    Two norms keep their float32 input and its scale; attention its queries, keys and values, of as many heads as there
-    are queries where a batch is padded, its output and the log-sum of every row; the MLP the gate before and after its
-    activation and the other factor. Norms of queries and keys keep these in float32.
+    Two norms keep their float32 input and its scale; attention its queries, keys and values, its output and the log-sum
+    of every row; the MLP the gate before and after its activation and the other factor. Norms of queries and keys keep
+    these in float32.
 
     Args:
         size: bytes a number of the model's type.
@@ -125,13 +125,13 @@ def kept_for_backward(s: Shape, tokens: int, size: int, *, layers: int, trained:
             card; ``layer`` what enters the seven matrices.
     """
     queries, keys = s.heads * s.head, s.groups * s.head
-    kept = 2 * (4 * s.width + 4) + 4 * queries * size + 4 * s.heads + 3 * s.mlp * size
+    kept = 2 * (4 * s.width + 4) + 2 * (queries + keys) * size + 4 * s.heads + 3 * s.mlp * size
     if s.type in ("qwen3", "olmo2"):
         kept += 4 * (queries + keys) + 4 * (s.heads + s.groups if s.type == "qwen3" else 2)
     if trained == "lora":
         kept += size * (2 * s.width + queries + s.mlp + 4 * RANK)
     elif trained == "layer":
-        kept += size * (4 * s.width + queries + s.mlp)
+        kept += size * (2 * s.width + queries + s.mlp)
     return layers * tokens * kept
 
 
@@ -191,6 +191,7 @@ class Held:
     methods: tuple[str, ...] = ()
     teachers: int = 0
     students: int = 0
+    both: bool = False  # the student is read beside the teacher
     full: bool = False  # all layers may train whole, where the profile's search has it
     taught: bool = False  # the teacher is trained itself: adapters on all its layers, halved micro-batches
 
@@ -204,14 +205,14 @@ CHAPTERS: dict[str, Held] = {
     "08_mbpp": Held(("*",)),
     "04b_gates": Held(("none", "sft")),
     "09_fine_tuned_teachers": Held(("none", "sft", "semalign")),
-    "10_similarity": Held(("semalign", "sft", "logit_kd")),
-    "11_ablations": Held(("semalign", "logit_kd")),
+    "10_similarity": Held(("semalign", "sft", "logit_kd"), both=True),
+    "11_ablations": Held(("semalign", "logit_kd"), both=True),
     "12_controls": Held(("semalign", "sft", "logit_kd"), students=1, taught=True),
     "13_rivals": Held(("seeking", "laten"), students=1),
     "13b_regimes": Held(("sft", "logit_kd", "warm_up")),
     "14_search": Held(("logit_kd", "semalign"), full=True),
     "16_below_the_layer": Held(("semalign", "align_heads", "align_neurons"), teachers=1, students=1),
-    "17_causal": Held(("sft_layer", "semantic_and_causal")),
+    "17_causal": Held(("sft_layer", "semantic_and_causal"), students=1),
     "18_pairing_from_outputs": Held(("semalign",)),
     "19_larger_gaps": Held(("sft", "logit_kd", "semalign"), full=True),
     "20_version_two": Held(("geometry_frontier", "fisher_frontier")),
@@ -237,9 +238,9 @@ def method_steps(p: Profile, name: str) -> dict[str, float]:
     steps: dict[str, float] = {"answering": ours + cache(s, rows, whole, size)}
     if way.teacher in ("chooses", "states", "all") and p.layer is None:
         steps["attribution"] = theirs + attribution(t, longest, size)
-    if way.teacher in ("states", "all", "top"):
-        maps = 8 * 3 * (t.width**2 + s.width**2) + s.vocabulary * s.width * size
-        steps["teacher's pass"] = theirs + maps + 2048 * 4 * (t.mlp + t.width) * size + 256 * t.vocabulary * 12
+    # By itself: of its states or log-probabilities, and with every method as the judge of what the student says.
+    maps = 8 * 3 * (t.width**2 + s.width**2) + s.vocabulary * s.width * size if way.teacher in ("states", "all") else 0
+    steps["teacher's pass"] = theirs + maps + 2048 * 4 * (t.mlp + t.width) * size + 256 * t.vocabulary * 12
     if way.teacher == "writes":
         steps["teacher's answers"] = theirs + cache(t, rows, whole, size)
     if way.teacher == "weights":
@@ -255,9 +256,13 @@ def method_steps(p: Profile, name: str) -> dict[str, float]:
 def method_memory(p: Profile, name: str) -> Need:
     """The peak of one method of a profile, on the card by :func:`method_steps` and in the host's memory."""
     t, s, size, way = shape_of(p.teacher), shape_of(p.student), SIZES[p.dtype], WAYS[name]
-    host = max(t.parameters * size if way.teacher != "none" else 0, s.parameters * size) + HOST
+    theirs, beside = (
+        t.parameters * size,
+        s.parameters * size,
+    )  # the student waits there while the teacher comes to judge
     if way.teacher == "weights":  # scores of the matrices that are cut, where the card has no room for them
-        host += 4 * t.layers * t.width * (2 * t.mlp + (t.heads + t.groups) * t.head)
+        beside = max(beside, 4 * t.layers * t.width * (2 * t.mlp + (t.heads + t.groups) * t.head))
+    host = theirs + beside + HOST
     steps = method_steps(p, name)
     step = max(steps, key=lambda name: steps[name])
     return Need(steps[step] + SPARE, host, step)
@@ -304,8 +309,10 @@ def chapter_memory(p: Profile, name: str) -> Need:
     gpu, step = largest.gpu + beside, largest.step
     longest = min(p.max_length, _file()["longest"])
     if name == "02_importance":
-        logits = p.sizes.extract * longest * t.vocabulary * (size + 8)  # of all examples, where a layer is skipped
-        gpu, step = beside + max(attribution(t, longest, size), logits) + SPARE, "attribution"
+        gpu, step = beside + attribution(t, longest, size) + SPARE, "attribution"
+    if held.both:
+        states = t.layers * p.sizes.extract * longest * t.width * size
+        gpu, step = max((gpu, step), ((t.parameters + s.parameters) * size + states + SPARE, "both read"))
     if held.full and p.search.whole_layers:
         gpu, step = max((gpu, step), (_trained(s, p, full=True), "whole layers in training"))
     if held.taught:

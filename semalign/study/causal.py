@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from semalign.methods import REGISTRY
 from semalign.methods.interchange import movements, partners_of
 from semalign.models import Pair
 from semalign.study.regimes import Way
-from semalign.training.config import TransferConfig, TransferResult
+from semalign.training.config import TransferConfig
 
 EXAMPLES, STEPS = 32, 120
 """Of every arm: how many examples, and about how many steps; half of these do not bring out what labels teach."""
@@ -80,12 +80,15 @@ def along(
 
 
 def recovered(
-    pair: Pair, teacher: PreTrainedModel, data: TaskData, config: TransferConfig
-) -> dict[str, TransferResult]:
-    """Students that were taught by each of ``TERMS`` from a planted teacher, without a label or an output."""
+    pair: Pair, teacher: PreTrainedModel, data: TaskData, config: TransferConfig, read: Callable[[Model], Tensor]
+) -> dict[str, Tensor]:
+    """What ``read`` says of students taught by each of ``TERMS`` from a planted teacher, without a label or an output.
+
+    They are made one after another, and only what was read is kept.
+    """
     transfer = REGISTRY["semantic_and_causal"].transfer
     alone = replace(config, output_weight=0.0)
-    return {name: transfer(planted(pair, teacher), data, alone, **options) for name, options in TERMS.items()}
+    return {name: read(transfer(planted(pair, teacher), data, alone, **of).student) for name, of in TERMS.items()}
 
 
 def movement_sizes(model: Model, encoded: Sequence[Encoded], seed: int) -> list[Tensor]:

@@ -7,6 +7,7 @@ read, not made again, so that a run goes on where it stopped and a cluster can m
 from __future__ import annotations
 
 import ast
+import gc
 import hashlib
 import json
 import warnings
@@ -20,7 +21,7 @@ import torch
 
 from semalign import benchmarks, classroom
 from semalign.benchmarks.data import Row, sample
-from semalign.lm.examples import TaskData, encode
+from semalign.lm.examples import Encoded, TaskData, encode
 from semalign.lm.files import read_json, write_json
 from semalign.lm.parts import decoder_layers
 from semalign.methods import REGISTRY
@@ -138,7 +139,8 @@ def run_trial(
         answers[other] = answer(p, pair, model, other, limit=others)
     made = {
         "key": key, "task": task, "method": method, "variant": variant, "seed": seed, "layers": list(layers),
-        "answers": answers, "validation": compare(p, pair, model, data, Path(folder, "supervision")), "cost": spent,
+        "answers": answers, "cost": spent,
+        "validation": compare(p, pair, model, data, Path(folder, "supervision"), itself=method == TEACHER),
     }  # fmt: skip
     write_json(path, made)
     return made
@@ -329,8 +331,12 @@ def answer(
 
 
 @torch.no_grad()
-def compare(p: Profile, pair: Pair, model: Any, data: TaskData, cache: Path) -> dict[str, list[float]]:
+def compare(
+    p: Profile, pair: Pair, model: Any, data: TaskData, cache: Path, *, itself: bool = False
+) -> dict[str, list[float]]:
     """Means over each validation example's supervised positions: see :func:`run_trial`.
+
+    ``itself``: the model is the teacher, which need not be loaded again.
 
     Raises:
         ValueError: the pair has two tokenizers, so that a position of one has no counterpart in the other.
@@ -340,14 +346,38 @@ def compare(p: Profile, pair: Pair, model: Any, data: TaskData, cache: Path) -> 
             f"{pair.name} has two tokenizers, and a trial compares token by token: choose a pair of one family"
         )
     encoded = encode(pair.tokenizer, data.validation, max_length=p.max_length)
-    vocabulary = len(model.get_output_embeddings().weight)
-    teacher = pair.load_teacher().eval()
-    vocabulary = min(vocabulary, len(teacher.get_output_embeddings().weight))
-    top = SupervisionCache.build(cache, teacher, encoded, (), top_k=min(64, vocabulary), vocabulary=vocabulary)
-    del teacher
+    top, vocabulary = _judged(p, pair, model, encoded, cache, itself)
     read = reading.read_out(model, encoded, batch=p.eval_batch_size, teacher=top, vocabulary=vocabulary)
     example = read.pop("example")
     return {n: reading.by_example(read[n].double(), example).tolist() for n in ("loss", "right", "kl", "agree")}
+
+
+_JUDGED: dict[tuple[Any, ...], tuple[SupervisionCache, int]] = {}
+"""What :func:`_judged` returned in this process: of the trials on a task only the first loads the teacher for it."""
+
+
+def _judged(
+    p: Profile, pair: Pair, model: Any, encoded: list[Encoded], cache: Path, itself: bool
+) -> tuple[SupervisionCache, int]:
+    """The teacher's likeliest tokens at ``encoded``, and how many tokens the two models share.
+
+    While the teacher reads, ``model`` waits in the host's memory, so that a card holds one of the two.
+    """
+    rows = len(model.get_output_embeddings().weight)
+    texts = tuple(tuple(e.input_ids.tolist()) for e in encoded)
+    key = (str(cache), p.teacher.model_dump_json(), p.dtype, p.device, rows, texts)
+    if key in _JUDGED and _JUDGED[key][0].folder.exists():
+        return _JUDGED[key]
+    device = model.device
+    model.to(device if itself else "cpu")
+    teacher = model if itself else pair.load_teacher().eval()
+    vocabulary = min(rows, len(teacher.get_output_embeddings().weight))
+    top = SupervisionCache.build(cache, teacher, encoded, (), top_k=min(64, vocabulary), vocabulary=vocabulary)
+    del teacher
+    gc.collect()
+    model.to(device)
+    _JUDGED[key] = top, vocabulary
+    return _JUDGED[key]
 
 
 def right(trials: Sequence[Mapping[str, Any]], task: str) -> torch.Tensor:

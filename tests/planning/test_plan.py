@@ -13,6 +13,7 @@ import torch
 from tiny import FAMILIES, tiny_llama
 from transformers import PreTrainedModel
 
+from semalign.lm.examples import mask_of
 from semalign.methods import REGISTRY
 from semalign.pipeline import book
 from semalign.pipeline.notebooks import ORDER, chapters_of
@@ -40,6 +41,7 @@ def saved(model: PreTrainedModel, tokens: int, batch: int) -> int:
     x = torch.randn(batch, tokens, model.config.hidden_size, dtype=model.dtype, requires_grad=True)
     mask = torch.ones(batch, tokens, dtype=torch.long)
     mask[0, -1] = 0  # a padded batch, as nearly all are
+    mask = mask_of({"attention_mask": mask})
     # As the loop trains on a card: in bfloat16, what enters float32 adapters too.
     cast = torch.autocast("cpu", torch.bfloat16, enabled=adapted and model.dtype == torch.bfloat16)
     with cast, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):

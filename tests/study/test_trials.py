@@ -5,11 +5,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from semalign import alignment
 from semalign.lm.files import read_json, write_json
@@ -36,6 +38,42 @@ def test_a_trial_answers_its_own_questions_and_some_of_the_others(made: tuple[Pa
     assert all(set(a) - {"response"} == kept for rows in found["answers"].values() for a in rows)
     assert {n: len(v) for n, v in found["validation"].items()} == {"loss": 3, "right": 3, "kl": 3, "agree": 3}
     assert trials.read_trial(folder / "gsm8k" / "sft-0.json") == found
+
+
+def test_the_judge_is_loaded_once_a_task_and_while_the_student_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host stands for a card: what is looked at is when a student is told to leave it."""
+    happened: list[str] = []
+    pair, move = load_pair(settings()), PreTrainedModel.to
+
+    def told(model: PreTrainedModel, *place: Any, **given: Any) -> PreTrainedModel:
+        happened.append(f"{'teacher' if model.config.hidden_size == 48 else 'student'} to {place[0]}")
+        return move(model, *place, **given)
+
+    def load(who: str) -> Any:
+        def loaded() -> PreTrainedModel:
+            model = getattr(pair, f"load_{who}")()
+            happened.append(f"{who} loaded")
+            return model
+
+        return loaded
+
+    watched = replace(pair, load_teacher=load("teacher"), load_student=load("student"))
+    monkeypatch.setattr(trials, "load_pair", lambda _: watched)
+    monkeypatch.setattr(PreTrainedModel, "to", told)
+    results = {}
+    for method, seed in (("none", 0), ("sft", 0), ("sft", 1), ("teacher", 0)):
+        happened.clear()
+        trials.run_trial(settings(), "gsm8k", method, seed, tmp_path, split=None)
+        results[method, seed] = [h for h in happened if h.endswith(" loaded") or h == "student to cpu"]
+    at = results["none", 0].index("teacher loaded")
+    assert results["none", 0][at - 1] == results["none", 0][at + 1] == "student to cpu"
+    for key in (("sft", 0), ("sft", 1)):
+        assert "student loaded" in results[key] and "teacher loaded" not in results[key]
+    assert results["teacher", 0].count("teacher loaded") == 1
+    shutil.rmtree(tmp_path / "supervision")  # of which nothing is remembered then
+    assert "agree" in trials.run_trial(settings(), "gsm8k", "sft", 2, tmp_path, split=None)["validation"]
 
 
 def test_a_trial_on_facts_is_also_asked_what_nobody_can_know(tmp_path: Path) -> None:
