@@ -12,7 +12,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup gemma book notebooks plan fetch tune keep address verify test test-book test-slurm test-gpu pdf slides bench zoo pico lint lock clean
+.PHONY: help setup gemma book notebooks plan fetch tune keep address verify test test-book test-slurm test-gpu rehearse pdf slides bench zoo pico lint lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -69,6 +69,9 @@ test-slurm: setup ## a run on a one-node SLURM cluster made for it, killed and r
 
 test-gpu: setup ## every chapter of the smoke profile on this machine's GPU, and its trials against the CPU's
 	@$(BIN)/python tests/cluster/card.py
+
+rehearse: setup ## chapters of PROFILE on this machine's GPU, at its models' true shapes with random weights, against the plan
+	@$(BIN)/python tests/cluster/rehearsal.py --profile "$(PROFILE)"
 
 # The folder of the run that a target speaks of.
 RUN = $(if $(RESULTS),$(RESULTS),results/$(PROFILE))

@@ -256,10 +256,8 @@ def method_steps(p: Profile, name: str) -> dict[str, float]:
 def method_memory(p: Profile, name: str) -> Need:
     """The peak of one method of a profile, on the card by :func:`method_steps` and in the host's memory."""
     t, s, size, way = shape_of(p.teacher), shape_of(p.student), SIZES[p.dtype], WAYS[name]
-    theirs, beside = (
-        t.parameters * size,
-        s.parameters * size,
-    )  # the student waits there while the teacher comes to judge
+    # The student waits there while the teacher comes in to judge.
+    theirs, beside = t.parameters * size, s.parameters * size
     if way.teacher == "weights":  # scores of the matrices that are cut, where the card has no room for them
         beside = max(beside, 4 * t.layers * t.width * (2 * t.mlp + (t.heads + t.groups) * t.head))
     host = theirs + beside + HOST

@@ -171,14 +171,18 @@ def nearness(pair: Pair, fitted: Sequence[Encoded], held_out: Sequence[Encoded])
     student = pair.load_student().eval()
     vocabulary = min(theirs, len(head_weight(student)))
     of_student = [reading.layer_outputs(student, some) for some in (fitted, held_out)]
-    maps = ridge_maps(of_teacher[0], of_student[0])
     theirs_at, ours_at = ([h[answering] for h in states[1]] for states in (of_teacher, of_student))
     read_student = _reader(student)
     logp = read_teacher(theirs_at[-1])[:, :vocabulary].log_softmax(-1)
+    mapped, swaps = [], []
+    for fit, at, everywhere in zip(of_teacher[0], theirs_at, of_teacher[1], strict=True):
+        maps = ridge_maps([fit], of_student[0])  # a teacher layer at a time: for Llama-2 those of all take 107 GB
+        mapped.append(mapped_divergence([at], ours_at, maps, read_student))
+        swaps.append(swap_effect(student, held_out, [everywhere], maps, logp))
     return {
         "lens": lens_divergence(theirs_at, ours_at, read_teacher, read_student, vocabulary),
-        "lens, mapped": mapped_divergence(theirs_at, ours_at, maps, read_student),
-        "swap": swap_effect(student, held_out, of_teacher[1], maps, logp),
+        "lens, mapped": torch.cat(mapped),
+        "swap": torch.cat(swaps),
         "CKA": 1 - analysis.cka_matrix(of_teacher[1], of_student[1]),
     }
 

@@ -4,10 +4,11 @@
 
 Models of the shapes of the profile's teacher and student are written below ``--folder`` (39 GB for Llama-2;
 ``/dev/shm`` where the host's memory has room), and every chapter loads them from there as a run would. The chapters run
-one after another, each as a job of its own, on gsm8k alone; ``SEMALIGN_DATA`` names the folder of its questions, of
-which the tokenizer makes a token of every byte. Told of each is how long it took and the most that PyTorch held of the
-card, beside what ``make plan`` says of it without what CUDA itself takes. Without a GPU a sentence is all there is;
-``--quick`` tries the steps on a CPU with models of four narrow layers, for which no number means anything.
+one after another, each as a job of its own, on gsm8k alone: on its questions in the folder that ``SEMALIGN_DATA``
+names, or on the classroom's, which are short. Of their texts every byte is a token, and they are cut at the length that
+the plan assumes. Told of each is how long it took and the most that PyTorch held of the card, beside what ``make plan``
+says of it without what CUDA itself takes. Without a GPU a sentence is all there is; ``--quick`` tries the steps on a
+CPU with models of four narrow layers, for which no number means anything.
 """
 
 from __future__ import annotations
@@ -85,6 +86,8 @@ def main() -> int:
         small |= {"sizes": {"train": 16, "align": 8, "extract": 4, "validation": 8, "test": 4}, "epochs": 1}
         small |= {"regimes": {"examples": [8], "steps": 4, "tasks": ["gsm8k"]}, "semantics_texts": 4, "others": 1}
         small |= {"search": {"draws": 1, "tasks": ["gsm8k"]}, "max_new_tokens": 16, "device": device}
+        small |= {"max_length": min(p.max_length, planning._file()["longest"])}
+        small |= {} if os.environ.get("SEMALIGN_DATA") else {"data": "classroom"}
         file, results = folder / "rehearsal.yaml", folder / "results"
         file.write_text(yaml.safe_dump(small))
         (folder / "sitecustomize.py").write_text(WATCH)

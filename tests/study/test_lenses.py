@@ -70,6 +70,20 @@ def test_partners_keep_the_order_with_the_least_total_whichever_model_is_deeper(
     assert chosen["depth rule"] == depth_pairs(*depths) and len(chosen["random"]) == depths[1]
 
 
+def test_maps_of_one_teacher_layer_are_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers: list[int] = []
+    fit = lenses.ridge_maps
+    monkeypatch.setattr(lenses, "ridge_maps", lambda of, to: layers.append(len(of)) or fit(of, to))
+    teacher, student = tiny_llama(4, 48), tiny_llama(2, seed=1)
+    near = lenses.nearness(pair_of(teacher, student), FITTED, HELD)
+    assert layers == [1] * 4
+    whole = fit(reading.layer_outputs(teacher, FITTED), reading.layer_outputs(student, FITTED))
+    states = reading.layer_outputs(teacher, HELD)
+    at = [supervised(e.labels) for e in HELD]
+    final = lenses._reader(teacher)(states[-1][torch.cat(at)]).log_softmax(-1)
+    assert torch.allclose(near["swap"], lenses.swap_effect(student, HELD, states, whole, final), atol=1e-6)
+
+
 def test_an_affine_map_between_layers_is_found_and_leaves_no_divergence() -> None:
     draw = torch.Generator().manual_seed(0)
     teacher = [torch.randn(300, 12, generator=draw) for _ in range(2)]
