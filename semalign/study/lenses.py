@@ -69,7 +69,8 @@ def lens_divergence(
         logp = _log_probabilities([h[at : at + chunk] for h in teacher], read_teacher, vocabulary)
         logq = _log_probabilities([h[at : at + chunk] for h in student], read_student, vocabulary)
         p = logp.exp()
-        sums += ((p * logp).sum(1)[:, None] - p @ logq.T).double()
+        of_each = (p * logp).sum(-1, keepdim=True) - p @ logq.transpose(1, 2)  # (positions, L_T, L_S)
+        sums += of_each.double().sum(0)  # over positions in float64: of all at once float32 left four digits
     return sums / n
 
 
@@ -270,8 +271,8 @@ def _reader(model: Model) -> Read:
 
 
 def _log_probabilities(layers: Sequence[Tensor], read: Read, vocabulary: int) -> Tensor:
-    """Log-probabilities of every layer's states: (L, n m')."""
-    return torch.stack([read(h)[:, :vocabulary].log_softmax(-1).flatten() for h in layers])
+    """Log-probabilities of every layer's states: (n, L, m')."""
+    return torch.stack([read(h)[:, :vocabulary].log_softmax(-1) for h in layers], dim=1)
 
 
 def _check_positions(layers: Sequence[Tensor]) -> None:

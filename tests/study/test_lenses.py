@@ -70,6 +70,16 @@ def test_partners_keep_the_order_with_the_least_total_whichever_model_is_deeper(
     assert chosen["depth rule"] == depth_pairs(*depths) and len(chosen["random"]) == depths[1]
 
 
+def test_a_divergence_over_many_positions_is_that_of_float64() -> None:
+    draw = torch.Generator().manual_seed(0)
+    head = 0.3 * torch.randn(1024, 64, generator=draw)
+    teacher, student = ([torch.randn(900, 64, generator=draw) for _ in range(n)] for n in (3, 2))
+    found = lenses.lens_divergence(teacher, student, lambda h: h @ head.T, lambda h: h @ head.T, 1024)
+    logp, logq = ([(h.double() @ head.double().T).log_softmax(-1) for h in states] for states in (teacher, student))
+    wanted = torch.stack([torch.stack([(a.exp() * (a - b)).sum(-1).mean() for b in logq]) for a in logp])
+    assert torch.allclose(found, wanted, rtol=1e-6)
+
+
 def test_maps_of_one_teacher_layer_are_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     layers: list[int] = []
     fit = lenses.ridge_maps
