@@ -336,7 +336,7 @@ def load_profile(name_or_path: str | Path, folder: Path = FOLDER, **changes: Any
     """Read and check one profile: ``folder/NAME.yaml`` by its name, or any yaml file by its path.
 
     A path within the profile (``source: folder``) counts from the folder that the profile lies in. ``changes`` replace
-    values of the file; where both are mappings, key by key.
+    values of the file; where both are mappings, key by key, and an empty one leaves nothing of what was there.
 
     Raises:
         ProfileError: no such profile (the message lists those there are), no yaml, an unknown key (the message
@@ -397,7 +397,7 @@ class _NoRepeats(yaml.SafeLoader):
 def _merged(content: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(content)
     for key, value in changes.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) and "source" not in value
+        both = value and isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) and "source" not in value
         merged[key] = _merged(merged[key], value) if both else value
     return merged
 

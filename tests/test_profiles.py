@@ -77,6 +77,9 @@ def test_changes_are_merged_and_checked(tmp_path: Path) -> None:
     p = load_profile(written(tmp_path, sizes={"train": 7}), sizes={"align": 3}, lr=0.5)
     assert (p.sizes.train, p.sizes.align, p.lr) == (7, 3, 0.5)
     assert p.changed(sizes={"train": 9}).sizes.align == 3
+    tuned = p.changed(hyperparameters={"sft": {"lr": 0.25}})
+    assert tuned.changed(hyperparameters={"sft": {"epochs": 3}}).hyperparameters == {"sft": {"lr": 0.25, "epochs": 3}}
+    assert tuned.changed(hyperparameters={}).hyperparameters == {}
     assert p.changed(student={"source": "pico", "id": "pico-l"}).semantics_model.source == "packaged"
     with pytest.raises(ProfileError, match=r"^profile mine: lr: 'x' is refused"):
         p.changed(lr="x")
