@@ -136,4 +136,4 @@ def attributions(model: Any, tokenizer: Any, examples: Sequence[Example]) -> dic
 def own_cka(model: Any, tokenizer: Any, examples: Sequence[Example]) -> Tensor:
     """Linear CKA (L, L) of every layer with every other, on the same tokens."""
     layers = reading.layer_outputs(model, encode(tokenizer, examples, max_length=512))
-    return analysis.cka_matrix(layers, layers)
+    return analysis.cka_matrix(layers, layers, device=model.device)

@@ -184,7 +184,7 @@ def nearness(pair: Pair, fitted: Sequence[Encoded], held_out: Sequence[Encoded])
         "lens": lens_divergence(theirs_at, ours_at, read_teacher, read_student, vocabulary),
         "lens, mapped": torch.cat(mapped),
         "swap": torch.cat(swaps),
-        "CKA": 1 - analysis.cka_matrix(of_teacher[1], of_student[1]),
+        "CKA": 1 - analysis.cka_matrix(of_teacher[1], of_student[1], device=student.device),
     }
 
 
