@@ -85,12 +85,11 @@ def ridge_maps(teacher: Sequence[Tensor], student: Sequence[Tensor], ridge: floa
         ValueError: layers that were not read at the same positions.
     """
     _check_positions([*teacher, *student])
-    goals = torch.cat(list(student), dim=1)
     fitted = []
     for h in teacher:
         scale = h.double().square().sum().item() / h.shape[1]
-        fitted.append(hidden_map(_with_one(h), goals, ridge=ridge * scale))
-    return torch.stack(fitted).unflatten(1, (len(student), -1))
+        fitted.append(torch.stack([hidden_map(_with_one(h), goal, ridge=ridge * scale) for goal in student]))
+    return torch.stack(fitted)
 
 
 def mapped_divergence(teacher: Sequence[Tensor], student: Sequence[Tensor], maps: Tensor, read_student: Read) -> Tensor:
@@ -175,9 +174,10 @@ def nearness(pair: Pair, fitted: Sequence[Encoded], held_out: Sequence[Encoded])
     theirs_at, ours_at = ([h[answering] for h in states[1]] for states in (of_teacher, of_student))
     read_student = _reader(student)
     logp = read_teacher(theirs_at[-1])[:, :vocabulary].log_softmax(-1)
-    mapped, swaps = [], []
+    mapped, swaps, goals = [], [], [h.to(student.device) for h in of_student[0]]
     for fit, at, everywhere in zip(of_teacher[0], theirs_at, of_teacher[1], strict=True):
-        maps = ridge_maps([fit], of_student[0])  # a teacher layer at a time: for Llama-2 those of all take 107 GB
+        # A teacher layer at a time: for Llama-2 the maps of all take 107 GB.
+        maps = ridge_maps([fit.to(student.device)], goals)
         mapped.append(mapped_divergence([at], ours_at, maps, read_student))
         swaps.append(swap_effect(student, held_out, [everywhere], maps, logp))
     return {
@@ -257,8 +257,8 @@ def taught(
 
 
 def apply(matrix: Tensor, states: Tensor) -> Tensor:
-    """M (h, 1) for states h (n, D_T) and one of :func:`ridge_maps`: (n, D_S)."""
-    return _with_one(states) @ matrix.T.to(states)
+    """M (h, 1) for states h (n, D_T) and one of :func:`ridge_maps`: (n, D_S), on the device of the map."""
+    return _with_one(states.to(matrix.device)) @ matrix.T.to(states.dtype)
 
 
 def _with_one(states: Tensor) -> Tensor:
