@@ -191,7 +191,8 @@ class Held:
     methods: tuple[str, ...] = ()
     teachers: int = 0
     students: int = 0
-    both: bool = False  # the student is read beside the teacher
+    read: int = 0  # examples of which the states of all layers of the teacher are on the card at once
+    both: bool = False  # the student beside it then
     full: bool = False  # all layers may train whole, where the profile's search has it
     taught: bool = False  # the teacher is trained itself: adapters on all its layers, halved micro-batches
 
@@ -205,15 +206,15 @@ CHAPTERS: dict[str, Held] = {
     "08_mbpp": Held(("*",)),
     "04b_gates": Held(("none", "sft")),
     "09_fine_tuned_teachers": Held(("none", "sft", "semalign")),
-    "10_similarity": Held(("semalign", "sft", "logit_kd"), both=True),
-    "11_ablations": Held(("semalign", "logit_kd"), both=True),
+    "10_similarity": Held(("semalign", "sft", "logit_kd"), read=40),
+    "11_ablations": Held(("semalign", "logit_kd"), read=20, both=True),
     "12_controls": Held(("semalign", "sft", "logit_kd"), students=1, taught=True),
     "13_rivals": Held(("seeking", "laten"), students=1),
     "13b_regimes": Held(("sft", "logit_kd", "warm_up")),
     "14_search": Held(("logit_kd", "semalign"), full=True),
     "16_below_the_layer": Held(("semalign", "align_heads", "align_neurons"), teachers=1, students=1),
     "17_causal": Held(("sft_layer", "semantic_and_causal"), students=1),
-    "18_pairing_from_outputs": Held(("semalign",)),
+    "18_pairing_from_outputs": Held(("semalign",), read=40),
     "19_larger_gaps": Held(("sft", "logit_kd", "semalign"), full=True),
     "20_version_two": Held(("geometry_frontier", "fisher_frontier")),
 }
@@ -308,15 +309,17 @@ def chapter_memory(p: Profile, name: str) -> Need:
     longest = min(p.max_length, _file()["longest"])
     if name == "02_importance":
         gpu, step = beside + attribution(t, longest, size) + SPARE, "attribution"
-    if held.both:
-        states = t.layers * p.sizes.extract * longest * t.width * size
-        gpu, step = max((gpu, step), ((t.parameters + s.parameters) * size + states + SPARE, "both read"))
+    if held.read:
+        states = t.layers * held.read * longest * t.width * size
+        models = t.parameters + s.parameters * held.both
+        gpu, step = max((gpu, step), (models * size + states + SPARE, "states of all layers"))
     if held.full and p.search.whole_layers:
         gpu, step = max((gpu, step), (_trained(s, p, full=True), "whole layers in training"))
     if held.taught:
         halved = p.changed(eval_batch_size=max(1, p.eval_batch_size // 2))
         gpu, step = max((gpu, step), (_trained(t, halved), "the teacher in training"))
-    return Need(gpu, max(need.host for need in needs), step)
+    loaded = t.parameters * size + HOST if held.teachers else 0.0  # a model comes to a card through the host's memory
+    return Need(gpu, max(loaded, *(need.host for need in needs)), step)
 
 
 def _trained(s: Shape, p: Profile, *, full: bool = False) -> float:

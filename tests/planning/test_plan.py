@@ -197,6 +197,22 @@ def test_the_plan_of_memory_is_what_a_card_counted() -> None:
         )
 
 
+def test_chapters_are_planned_with_what_they_hold_beside_a_method() -> None:
+    """By hand, from the shapes alone: what a card and the host hold besides CUDA, Python and the data."""
+    p = load_profile("llama2")
+    t, s = (2 * planning.shape_of(source).parameters for source in (p.teacher, p.student))
+    of = {name: planning.chapter_memory(p, name) for name in ("02_importance", "11_ablations", "17_causal")}
+    assert of["02_importance"].host == t + planning.HOST
+    assert t + 4e9 < of["02_importance"].gpu < t + s  # the student is loaded when the teacher is gone
+    states = 40 * 20 * 700 * 5120 * 2
+    assert of["11_ablations"].gpu >= t + s + states + planning.SPARE
+    causal = planning.method_memory(p, "semantic_and_causal")
+    assert of["17_causal"].gpu == causal.gpu + s  # the planted teacher, which is a student
+    for name in ("none", "sft"):  # and which waits while the judge is loaded
+        assert planning.method_memory(p, name).host == t + s + planning.HOST
+        assert planning.method_steps(p, name)["teacher's pass"] > t
+
+
 def test_every_method_and_every_chapter_that_loads_models_is_planned() -> None:
     assert set(planning.WAYS) == set(REGISTRY)
     assert set(planning.CHAPTERS) <= set(ORDER)
