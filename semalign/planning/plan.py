@@ -102,6 +102,11 @@ def shape_of(source: Source) -> Shape:
     return Shape(**{key: kept[key] for key in Shape.__dataclass_fields__})
 
 
+def longest(p: Profile) -> int:
+    """Tokens of the longest example in a micro-batch of a profile, as plans assume."""
+    return min(p.max_length, int(_file()["longest"]))
+
+
 def _of_config(config: dict[str, Any]) -> Shape:
     heads = config["num_attention_heads"]
     return Shape(
@@ -191,7 +196,8 @@ class Held:
     methods: tuple[str, ...] = ()
     teachers: int = 0
     students: int = 0
-    read: int = 0  # examples of which the states of all layers of the teacher are on the card at once
+    read: str = ""  # the split of which the states of all layers of the teacher are on the card at once
+    most: float = math.inf  # examples of it
     both: bool = False  # the student beside it then
     full: bool = False  # all layers may train whole, where the profile's search has it
     taught: bool = False  # the teacher is trained itself: adapters on all its layers, halved micro-batches
@@ -206,15 +212,15 @@ CHAPTERS: dict[str, Held] = {
     "08_mbpp": Held(("*",)),
     "04b_gates": Held(("none", "sft")),
     "09_fine_tuned_teachers": Held(("none", "sft", "semalign")),
-    "10_similarity": Held(("semalign", "sft", "logit_kd"), read=40),
-    "11_ablations": Held(("semalign", "logit_kd"), read=20, both=True),
+    "10_similarity": Held(("semalign", "sft", "logit_kd"), read="validation", most=40),
+    "11_ablations": Held(("semalign", "logit_kd"), read="extract", both=True),
     "12_controls": Held(("semalign", "sft", "logit_kd"), students=1, taught=True),
     "13_rivals": Held(("seeking", "laten"), students=1),
     "13b_regimes": Held(("sft", "logit_kd", "warm_up")),
     "14_search": Held(("logit_kd", "semalign"), full=True),
     "16_below_the_layer": Held(("semalign", "align_heads", "align_neurons"), teachers=1, students=1),
     "17_causal": Held(("sft_layer", "semantic_and_causal"), students=1),
-    "18_pairing_from_outputs": Held(("semalign",), read=40),
+    "18_pairing_from_outputs": Held(("semalign",), read="train", most=40),
     "19_larger_gaps": Held(("sft", "logit_kd", "semalign"), full=True),
     "20_version_two": Held(("geometry_frontier", "fisher_frontier")),
 }
@@ -233,20 +239,20 @@ class Need:
 def method_steps(p: Profile, name: str) -> dict[str, float]:
     """Bytes on the card in each step of one method of a profile, without :data:`SPARE`; an answering student is one."""
     t, s, size, way = shape_of(p.teacher), shape_of(p.student), SIZES[p.dtype], WAYS[name]
-    longest = min(p.max_length, _file()["longest"])
-    tokens, theirs, ours = p.eval_batch_size * longest, t.parameters * size, s.parameters * size
-    rows, whole = p.answered_at_once, longest + (p.max_new_tokens or 512)
+    most = longest(p)
+    tokens, theirs, ours = p.eval_batch_size * most, t.parameters * size, s.parameters * size
+    rows, whole = p.answered_at_once, most + (p.max_new_tokens or 512)
     steps: dict[str, float] = {"answering": ours + cache(s, rows, whole, size)}
     if way.teacher in ("chooses", "states", "all") and p.layer is None:
-        steps["attribution"] = theirs + attribution(t, longest, size)
+        steps["attribution"] = theirs + attribution(t, most, size)
     # By itself: of its states or log-probabilities, and with every method as the judge of what the student says.
     maps = 8 * 3 * (t.width**2 + s.width**2) + s.vocabulary * s.width * size if way.teacher in ("states", "all") else 0
     steps["teacher's pass"] = theirs + maps + 2048 * 4 * (t.mlp + t.width) * size + 256 * t.vocabulary * 12
     if way.teacher == "writes":
         steps["teacher's answers"] = theirs + cache(t, rows, whole, size)
     if way.teacher == "weights":
-        whole = kept_for_backward(t, longest, size, layers=t.layers, trained="layer")
-        steps["teacher's gradients"] = theirs + whole + 4 * 3 * t.width * t.mlp + longest * t.vocabulary * 12
+        whole = kept_for_backward(t, most, size, layers=t.layers, trained="layer")
+        steps["teacher's gradients"] = theirs + whole + 4 * 3 * t.width * t.mlp + most * t.vocabulary * 12
     if way.layers != "none":
         step = training(s, tokens, size, layers=s.layers, every=way.layers == "all", passes=way.passes)
         steps["training"] = way.students * ours + step
@@ -306,11 +312,11 @@ def chapter_memory(p: Profile, name: str) -> Need:
     largest = max(needs, key=lambda need: need.gpu)
     beside = held.teachers * t.parameters * size + held.students * s.parameters * size
     gpu, step = largest.gpu + beside, largest.step
-    longest = min(p.max_length, _file()["longest"])
     if name == "02_importance":
-        gpu, step = beside + attribution(t, longest, size) + SPARE, "attribution"
+        gpu, step = beside + attribution(t, longest(p), size) + SPARE, "attribution"
     if held.read:
-        states = t.layers * held.read * longest * t.width * size
+        examples = min(held.most, getattr(p.sizes, held.read))
+        states = t.layers * examples * longest(p) * t.width * size
         models = t.parameters + s.parameters * held.both
         gpu, step = max((gpu, step), (models * size + states + SPARE, "states of all layers"))
     if held.full and p.search.whole_layers:
@@ -324,7 +330,7 @@ def chapter_memory(p: Profile, name: str) -> Need:
 
 def _trained(s: Shape, p: Profile, *, full: bool = False) -> float:
     """Bytes of a model and of its training in all layers."""
-    size, tokens = SIZES[p.dtype], p.eval_batch_size * min(p.max_length, _file()["longest"])
+    size, tokens = SIZES[p.dtype], p.eval_batch_size * longest(p)
     return s.parameters * size + training(s, tokens, size, layers=s.layers, every=True, full=full) + SPARE
 
 

@@ -56,6 +56,13 @@ def letters(draw: random.Random, n: int) -> str:
     return "".join(draw.choices("abcdefghijklmnopqrstuvwxyz ", k=n))
 
 
+def shapes(p: Profile, quick: bool) -> tuple[planning.Shape, planning.Shape]:
+    """Those of a profile's teacher and student, or ``quick`` ones: four narrow layers each."""
+    if quick:
+        return SMALL, replace(SMALL, width=48, mlp=128, head=12)
+    return planning.shape_of(p.teacher), planning.shape_of(p.student)
+
+
 def model_of(s: planning.Shape, seed: int, dtype: torch.dtype, device: str) -> PreTrainedModel:
     """A model of this shape with random weights, made where it stays."""
     config: Any = AutoConfig.for_model(
@@ -73,8 +80,7 @@ class Card:
 
     def __init__(self, p: Profile, quick: bool, minutes: float) -> None:
         self.p, self.device = p, "cpu" if quick else "cuda"
-        of = (planning.shape_of(p.teacher), planning.shape_of(p.student))
-        self.teacher, self.student = (SMALL, replace(SMALL, width=48, mlp=128, head=12)) if quick else of
+        self.teacher, self.student = shapes(p, quick)
         self.dtype = getattr(torch, p.dtype)
         torch.backends.cuda.enable_cudnn_sdp(False)  # as where models are loaded
         self.tokenizer, self.end = byte_tokenizer(), time.monotonic() + 60 * minutes
@@ -145,7 +151,7 @@ class Card:
 def memory(card: Card, name: str, examples: int) -> dict[str, Any]:
     """The peak of one method on examples of the longest length, over the largest of the plan's steps but answering."""
     p = card.p
-    longest = min(p.max_length, planning._file()["longest"])
+    longest = planning.longest(p)
     config = replace(trials.config_of(p, 0), epochs=max(1, REGISTRY[name].least_epochs), batch=examples, watch=False)
     if planning.WAYS[name].layers == "k":  # the worst that attribution can choose, which has a row of its own
         config = replace(config, layers=(1,))
@@ -337,7 +343,7 @@ def main() -> int:
             torch.cuda.get_device_name(), torch.__version__, f"{torch.cuda.mem_get_info()[1] / 1e9:.1f} GB", flush=True
         )
     many, few = (8, 2) if given.quick else (128, p.eval_batch_size)
-    longest = 40 if given.quick else min(p.max_length, planning._file()["longest"])
+    longest = 40 if given.quick else planning.longest(p)
     rows: list[tuple[str, Callable[[], dict[str, Any]]]] = [
         ("seconds: training, all layers (sft)", lambda: training(card, "sft", many, 110, 140)),
         ("seconds: training, layer k (semalign)", lambda: training(card, "semalign", many, 110, 140)),

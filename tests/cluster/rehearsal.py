@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,7 +27,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/bench")]
 
-from bench_card import SMALL, model_of  # noqa: E402
+from bench_card import model_of, shapes  # noqa: E402
 
 from semalign.models import byte_tokenizer  # noqa: E402
 from semalign.planning import plan as planning  # noqa: E402
@@ -71,22 +70,19 @@ def main() -> int:
     failed = []
     with tempfile.TemporaryDirectory(prefix="semalign-rehearsal-", dir=given.folder) as name:
         folder, sources = Path(name), {}
-        for seed, who in enumerate(("teacher", "student")):
-            begun = time.monotonic()
-            shape = planning.shape_of(getattr(p, who))
-            if given.quick:
-                shape = SMALL if who == "teacher" else replace(SMALL, width=48, mlp=128, head=12)
+        for seed, (who, shape) in enumerate(zip(("teacher", "student"), shapes(p, given.quick), strict=True)):
+            begun, size = time.monotonic(), planning.SIZES[p.dtype] * shape.parameters
             sources[who] = {"source": "folder", "path": str(folder / who)}
             model_of(shape, seed, getattr(torch, p.dtype), device).save_pretrained(folder / who)
             byte_tokenizer().save_pretrained(folder / who)
-            print(f"{who}: {2 * shape.parameters / 1e9:.1f} GB written in {time.monotonic() - begun:.0f} s", flush=True)
+            print(f"{who}: {size / 1e9:.1f} GB written in {time.monotonic() - begun:.0f} s", flush=True)
         torch.cuda.empty_cache()
         small = p.model_dump(mode="json", exclude_unset=True, exclude={"name", "semantics_model"}) | sources
         small |= {"tasks": ["gsm8k"], "seeds": [0], "methods": ["none", "sft", "semalign"], "fine_tuned_teachers": {}}
         small |= {"sizes": {"train": 16, "align": 8, "extract": 4, "validation": 8, "test": 4}, "epochs": 1}
         small |= {"regimes": {"examples": [8], "steps": 4, "tasks": ["gsm8k"]}, "semantics_texts": 4, "others": 1}
         small |= {"search": {"draws": 1, "tasks": ["gsm8k"]}, "max_new_tokens": 16, "device": device}
-        small |= {"max_length": min(p.max_length, planning._file()["longest"])}
+        small |= {"max_length": planning.longest(p)}
         small |= {} if os.environ.get("SEMALIGN_DATA") else {"data": "classroom"}
         file, results = folder / "rehearsal.yaml", folder / "results"
         file.write_text(yaml.safe_dump(small))

@@ -206,6 +206,8 @@ def test_chapters_are_planned_with_what_they_hold_beside_a_method() -> None:
     assert t + 4e9 < of["02_importance"].gpu < t + s  # the student is loaded when the teacher is gone
     states = 40 * 20 * 700 * 5120 * 2
     assert of["11_ablations"].gpu >= t + s + states + planning.SPARE
+    more = planning.chapter_memory(p.changed(sizes={"extract": 60}), "11_ablations")
+    assert more.gpu == pytest.approx(t + s + 3 * states + planning.SPARE) and more.step == "states of all layers"
     causal = planning.method_memory(p, "semantic_and_causal")
     assert of["17_causal"].gpu == causal.gpu + s  # the planted teacher, which is a student
     for name in ("none", "sft"):  # and which waits while the judge is loaded
