@@ -19,7 +19,6 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from semalign.lm.parts import embedding_weight
 from semalign.packaged import ModelUnavailable, converted_folder, load_whole
 from semalign.profiles import Hub, Source, TrialSettings, load_profile, source_of
 from semalign.vocabularies import LEAST_SHARE, shared_tokens
@@ -231,10 +230,9 @@ def _folder_trouble(path: str) -> Iterator[None]:
 
 
 def _pico(id: str) -> _Opened:
-    from semalign.classroom import load_pico
+    from semalign.classroom import load_pico, load_tokenizer, read_config
 
-    model, tokenizer = load_pico(id)
-    return _Opened(id, tokenizer, len(embedding_weight(model)), lambda dtype: load_pico(id)[0].to(dtype))  # type: ignore[arg-type]
+    return _Opened(id, load_tokenizer(), read_config(id).vocab_size, lambda dtype: load_pico(id)[0].to(dtype))  # type: ignore[arg-type]
 
 
 def _packaged(id: str) -> _Opened:

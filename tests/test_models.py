@@ -25,7 +25,7 @@ from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from semalign import models, packaged
+from semalign import classroom, models, packaged
 from semalign.lm import parts
 from semalign.lm.parts import fingerprint
 from semalign.models import ModelUnavailable, VocabularyMismatch, byte_tokenizer, load_model, load_pair
@@ -300,13 +300,16 @@ def test_different_vocabularies_are_named_with_sizes_and_first_token(tmp_path: P
     )
 
 
-def test_pico_models_come_from_the_classroom(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
-    classroom: Any = types.ModuleType("semalign.classroom")
-    classroom.load_pico = lambda name: asked.append(name) or (tiny_llama(vocab=259), byte_tokenizer())
-    monkeypatch.setitem(sys.modules, "semalign.classroom", classroom)
-    loaded, tokenizer = load_model({"source": "pico", "id": "pico-s"}, device="cpu")
-    assert set(asked) == {"pico-s"} and len(tokenizer) == len(parts.head_weight(loaded))
+def test_pico_models_come_from_the_classroom_and_a_pair_of_them_opens_without_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loaded, tokenizer = load_model({"source": "pico", "id": "pico-xs"}, device="cpu")
+    same, _ = classroom.load_pico("pico-xs")
+    assert all(torch.equal(w, same.state_dict()[n]) for n, w in loaded.state_dict().items())
+    assert len(tokenizer) == len(parts.head_weight(loaded))
+    monkeypatch.setattr(classroom, "load_pico", lambda name: pytest.fail(f"{name} was loaded"))
+    pair = load_pair(load_profile("classroom"))
+    assert pair.teacher_tokenizer is None and len(pair.tokenizer) == len(tokenizer)
 
 
 ANSWERS = {"gated": (401, "GatedRepo"), "unknown": (404, "RepoNotFound"), "old": (404, "RevisionNotFound")}

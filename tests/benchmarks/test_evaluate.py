@@ -19,11 +19,11 @@ from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 from tiny import tiny_llama
 from tokenizers import processors
-from transformers import GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from semalign.benchmarks import BENCHMARKS, PROTOCOLS, DataError, Evaluation, _ask, _quiet, evaluate, wilson
 from semalign.benchmarks.data import load_items
-from semalign.benchmarks.engine import SharedPrefixLM
+from semalign.benchmarks.engine import SharedPrefixLM, _Room
 from semalign.benchmarks.sandbox import SandboxError
 from semalign.models import byte_tokenizer
 from semalign.profiles import declared
@@ -218,6 +218,45 @@ def test_generation_is_the_models_own_whatever_the_batch() -> None:
     prompt = torch.tensor([lm.tok_encode(f"Question: {GSM8K[0]['question']}\nAnswer:")])
     made = model.generate(prompt, max_new_tokens=12, do_sample=False)[0, prompt.shape[1] :]
     assert found[0][0]["responses"] == [tokenizer.decode(made, skip_special_tokens=True)]
+
+
+SHAPES: dict[str, Any] = {
+    "vocab_size": 259, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    "initializer_range": 0.5,
+}  # fmt: skip
+KEEPS: dict[str, dict[str, Any]] = {
+    "all that came before": {"model_type": "llama"},
+    "a window in two layers of three": {
+        "model_type": "gemma3_text", "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "a state without keys": {"model_type": "mamba", "state_size": 4},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kept", KEEPS)
+def test_a_cache_with_room_gives_the_texts_of_the_librarys_own(kept: str) -> None:
+    torch.manual_seed(0)
+    tokenizer = byte_tokenizer()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPES | KEEPS[kept])).eval()
+    lm = SharedPrefixLM(pretrained=model, tokenizer=tokenizer, batch_size=3)
+    prompts = ["abc", "What is one and one?", "Count: one, two,"]
+    given = {"until": [], "max_gen_toks": 24, "do_sample": False}
+    texts = lm.generate_until([types.SimpleNamespace(args=(prompt, dict(given))) for prompt in prompts])  # type: ignore[misc]
+    for prompt, text in zip(prompts, texts, strict=True):
+        ids = torch.tensor([lm.tok_encode(prompt)])
+        made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
+        assert text == lm.tok_decode(made[0, ids.shape[1] :].tolist())
+
+
+def test_no_step_of_writing_copies_the_keys_that_were_there() -> None:
+    layer, keys = _Room(6), torch.randn(2, 4, 6, 8)
+    first, _ = layer.update(keys[:, :, :3], -keys[:, :, :3])
+    for t in range(3, 6):
+        so_far, values = layer.update(keys[:, :, t : t + 1], -keys[:, :, t : t + 1])
+        assert so_far.data_ptr() == first.data_ptr() and layer.get_seq_length() == t + 1
+    assert torch.equal(so_far, keys) and torch.equal(values, -keys)
 
 
 class Writes(torch.nn.Module):

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from semalign import classroom
 from semalign.benchmarks import load_items
@@ -353,6 +355,18 @@ def test_every_member_ships_with_its_card_its_curve_and_its_scores(name: str) ->
     assert card.startswith(f"# {name}\n")
     assert all(f"{what}**: {s['value']:.1%} of {s['n']} test questions" in card for what, s in scores.items())
     assert all(f"{what}, asked in plain form**: {s['value']:.1%} of 300" in card for what, s in plain.items())
+
+
+def test_a_loaded_model_is_what_its_file_says_and_nothing_else() -> None:
+    """As by the library's own start from random weights, buffers too, which no file holds."""
+    loaded, _ = classroom.load_pico("pico-s")
+    folder = family.WEIGHTS / "pico-s"
+    usual = LlamaForCausalLM(LlamaConfig.from_json_file(str(folder / "config.json"))).eval()
+    usual.load_state_dict({n: t.float() for n, t in load_file(folder / "model.safetensors").items()})
+    assert [n for n, _ in loaded.named_buffers()] == [n for n, _ in usual.named_buffers()]
+    ids = torch.arange(24)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, usual(ids).logits)
 
 
 def test_the_tokenizer_is_what_training_it_gives(tmp_path: Path) -> None:
