@@ -26,3 +26,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """What the imports made stays: each of the transfers of this suite collects what it held, and nothing else."""
     gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _what_other_files_left() -> None:
+    """What other files have left stays too: a training collects garbage three times."""
+    gc.freeze()

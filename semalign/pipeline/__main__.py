@@ -20,7 +20,7 @@ import psutil
 
 from semalign.lm.files import alive, locked, read_json
 from semalign.pipeline import forks
-from semalign.pipeline.notebooks import KEPT_ELSEWHERE, ORDER, ROOT, chapters_of, run_digest, stamp
+from semalign.pipeline.notebooks import KEPT_ELSEWHERE, ORDER, ROOT, chapters_of, digests, run_digest, stamp
 from semalign.planning.preflight import CHECKED, asks_more, before_models, checked, disks, preflight, tokens
 from semalign.profiles import Profile, load_profile
 
@@ -283,12 +283,9 @@ def run(profile: str, cores: str, until: str, results: Path | None = None) -> in
     p = load_profile(profile)
     folder = (results or ROOT / "results" / p.name).resolve()
     preflight(p, folder)
-    if said := too_few(p):
-        print(said, flush=True)
+    check_writable(folder)
     if Path(profile).suffix in (".yaml", ".yml"):
         profile = str(Path(profile).expanduser().resolve())
-    check_writable(folder)
-    take_kept(p, folder)
     command = [
         sys.executable, "-m", "snakemake", until, "--snakefile", str(ROOT / "Snakefile"), "--directory", str(ROOT),
         "--cores", cores, "--resources", "gpu=1", "--nolock", "--rerun-incomplete",
@@ -299,7 +296,14 @@ def run(profile: str, cores: str, until: str, results: Path | None = None) -> in
         "--shared-fs-usage", "persistence", "input-output", "software-deployment", "sources", "storage-local-copies",
     ]  # fmt: skip
     announce("SEMALIGN_RUN", os.getpid())
-    with forks.forking(classroom=p.data == "classroom") if p.device == "cpu" else contextlib.nullcontext():
+    todo = any(not (folder / "metrics" / f"{name}.json.{made}").exists() for name, made in digests(p).items())
+    at_once = (
+        forks.forking(classroom=p.data == "classroom", ahead=todo) if p.device == "cpu" else contextlib.nullcontext()
+    )
+    with at_once:  # the imports of all jobs go on beside what is read and planned first
+        if said := too_few(p):
+            print(said, flush=True)
+        take_kept(p, folder)
         code = subprocess.run(command).returncode
     if code == 0 and until == "book":
         print(f"the book: {folder / 'book' / '_build' / 'html' / 'index.html'}")

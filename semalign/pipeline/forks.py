@@ -99,11 +99,11 @@ def _received(line: socket.socket, size: int) -> bytes:
 
 
 @contextmanager
-def forking(*, classroom: bool = False) -> Iterator[None]:
+def forking(*, classroom: bool = False, ahead: bool = False) -> Iterator[None]:
     """While this is open, what is called by :func:`command` is a fork of one process, which ends with it.
 
     On Linux: other systems' libraries do not survive a fork. With ``classroom`` the classroom's questions, the same for
-    all, are made once as well.
+    all, are made once as well. The imports wait until somebody asks; ``ahead`` of that where somebody is sure to.
     """
     with tempfile.TemporaryDirectory() as folder:
         address = os.path.join(folder, "forks")
@@ -112,7 +112,7 @@ def forking(*, classroom: bool = False) -> Iterator[None]:
             return
         of_one_thread = {"OMP_NUM_THREADS": "1", ADDRESS: address}  # threads that imports start would be lost in a fork
         origin = subprocess.Popen(
-            [sys.executable, "-c", f"from {__name__} import main; main({classroom})"],
+            [sys.executable, "-c", f"from {__name__} import main; main({classroom}, {ahead})"],
             env={**os.environ, **of_one_thread}, stdin=subprocess.DEVNULL,
         )  # fmt: skip
         os.environ[ADDRESS] = address
@@ -285,13 +285,13 @@ def run_module(words: list[str]) -> NoReturn:
     os._exit(status)
 
 
-def main(classroom: bool) -> None:
-    """Once somebody asks, make what chapters, trials and kernels would all make anew, and fork until the run ends."""
+def main(classroom: bool, ahead: bool) -> None:
+    """Make what chapters, trials and kernels would all make anew, once somebody asks or ``ahead`` of that; then fork."""
     import gc
     import warnings
 
     origin = Origin(os.environ[ADDRESS])
-    if not origin.asked_for():  # a run that has nothing to do
+    if not ahead and not origin.asked_for():  # a run that has nothing to do
         return
     from semalign.pipeline.notebooks import leave_the_user_out
 

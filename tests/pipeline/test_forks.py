@@ -140,6 +140,26 @@ def test_where_nobody_answers_it_is_python_m_itself(folder: Path) -> None:
         assert done.returncode == 4 and not json.loads(done.stdout)["imported"]
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_imports_wait_for_somebody_who_asks_unless_they_are_sure_to_come(ahead: bool) -> None:
+    code = f"import time; from semalign.pipeline.forks import *; c = forking(ahead={ahead}); c.__enter__()"
+    owner = subprocess.Popen(
+        [sys.executable, "-c", f"{code}; print(os.environ[ADDRESS], flush=True); time.sleep(60)"],
+        text=True, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert owner.stdout
+    address = owner.stdout.readline().strip()
+    _until(lambda: Path(address).exists())
+    own = psutil.Process(owner.pid).children()[0]
+    if ahead:
+        _until(lambda: any("libtorch" in one.path for one in own.memory_maps()))
+    else:
+        time.sleep(1)
+        assert not any("libtorch" in one.path for one in own.memory_maps())
+    owner.kill()
+    own.wait(timeout=20)
+
+
 def test_a_folder_too_deep_for_a_socket_is_no_hindrance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     deep = tmp_path / ("deep" * 25)
     deep.mkdir()
