@@ -286,7 +286,7 @@ def run_module(words: list[str]) -> NoReturn:
 
 
 def main(classroom: bool, ahead: bool) -> None:
-    """Make what chapters, trials and kernels would all make anew, once somebody asks or ``ahead`` of that; then fork."""
+    """Once somebody asks, or ``ahead``, make what chapters, trials and kernels would all make anew, and then fork."""
     import gc
     import warnings
 

@@ -12,6 +12,7 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,7 @@ def _part(root: Path, *before: str, **environment: str) -> str:
     return done.stdout
 
 
+@cache
 def _as(uid: int) -> list[str]:
     """The command before another one that runs it as an ordinary user, who may read this installation."""
     if os.geteuid() != 0:
@@ -81,9 +83,11 @@ def test_a_user_who_may_write_neither_the_repository_nor_home(room: Path) -> Non
     _part(root, *before, HOME="/nonexistent", TMPDIR=str(own))
 
 
-def test_the_c_locale_in_a_path_with_a_space(room: Path) -> None:
-    root = working_copy.copy_to(room / "my work")
-    _part(root, LC_ALL="C", LANG="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+def test_the_c_locale_and_junk_in_the_users_settings_in_a_path_with_a_space(room: Path) -> None:
+    root, junk = working_copy.copy_to(room / "my work"), str(room / "junk")
+    locale = {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    settings = {"MPLBACKEND": "none.such", "IPYTHONDIR": junk, "JUPYTER_PATH": junk}
+    _part(root, PYTHONPATH=f"{root}{os.pathsep}{junk}", **locale, **settings)
 
 
 def test_an_archive_without_git(room: Path) -> None:
@@ -99,11 +103,6 @@ def test_an_archive_without_git(room: Path) -> None:
         if place := shutil.which(name):
             (empty / name).symlink_to(place)
     _part(root, PATH=str(empty))
-
-
-def test_junk_in_the_users_settings(room: Path) -> None:
-    root, junk = working_copy.copy_to(room / "copy"), str(room / "junk")
-    _part(root, MPLBACKEND="none.such", IPYTHONDIR=junk, JUPYTER_PATH=junk, PYTHONPATH=f"{root}{os.pathsep}{junk}")
 
 
 def test_without_tools_the_command_line_refuses_others_programs_in_one_sentence(room: Path) -> None:

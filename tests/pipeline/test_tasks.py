@@ -20,6 +20,8 @@ def test_one_pair_on_one_task_becomes_a_book_that_names_what_is_left_out(tmp_pat
     content = yaml.safe_load((FOLDER / "smoke.yaml").read_text())
     content |= {"tasks": ["gsm8k"], "search": {"draws": 1}, "regimes": {"examples": [4], "steps": 2}, "others": 0}
     content |= {"allow_code_execution": False}
+    for who, layers in (("teacher", 3), ("student", 2)):  # fewer than in the scenario: layers are what chapters train
+        content[who]["config"]["num_hidden_layers"] = layers
     mine, results = tmp_path / "my pair.yaml", tmp_path / "my results"
     alone = {key: value for key, value in content.items() if key not in OF_OTHERS}
     mine.write_text(yaml.safe_dump(alone))
