@@ -50,6 +50,19 @@ def _until(holds: Callable[[], bool]) -> None:
     pytest.fail("it did not happen within a minute")
 
 
+def _run_elsewhere(given: str = "") -> tuple[subprocess.Popen[str], psutil.Process, str]:
+    """A process in which ``forking(GIVEN)`` is open for a minute, the process that forks for it, and its address."""
+    code = f"import time; from semalign.pipeline.forks import *; c = forking({given}); c.__enter__()"
+    owner = subprocess.Popen(
+        [sys.executable, "-c", f"{code}; print(os.environ[ADDRESS], flush=True); time.sleep(60)"],
+        text=True, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert owner.stdout
+    address = owner.stdout.readline().strip()
+    _until(lambda: Path(address).exists())
+    return owner, psutil.Process(owner.pid).children()[0], address
+
+
 def _sleeper(folder: Path) -> subprocess.Popen[str]:
     asker = subprocess.Popen(
         forks.command(sys.executable, "sleeper"), cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -106,15 +119,7 @@ def test_whoever_asks_ends_with_its_parent(origin: psutil.Process, folder: Path)
 
 def test_all_ends_with_the_run(folder: Path) -> None:
     """The run's process is killed: its origin, the fork and whoever asked for it end; what was asked for is named."""
-    code = "import time; from semalign.pipeline.forks import *; c = forking(); c.__enter__()"
-    owner = subprocess.Popen(
-        [sys.executable, "-c", f"{code}; print(os.environ[ADDRESS], flush=True); time.sleep(60)"],
-        text=True, stdout=subprocess.PIPE,
-    )  # fmt: skip
-    assert owner.stdout
-    address = owner.stdout.readline().strip()
-    _until(lambda: Path(address).exists())
-    own = psutil.Process(owner.pid).children()[0]
+    owner, own, address = _run_elsewhere()
     asker = subprocess.Popen(
         forks.command(sys.executable, "sleeper"), cwd=folder, env={**os.environ, forks.ADDRESS: address},
         text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -142,15 +147,7 @@ def test_where_nobody_answers_it_is_python_m_itself(folder: Path) -> None:
 
 @pytest.mark.parametrize("ahead", [False, True])
 def test_imports_wait_for_somebody_who_asks_unless_they_are_sure_to_come(ahead: bool) -> None:
-    code = f"import time; from semalign.pipeline.forks import *; c = forking(ahead={ahead}); c.__enter__()"
-    owner = subprocess.Popen(
-        [sys.executable, "-c", f"{code}; print(os.environ[ADDRESS], flush=True); time.sleep(60)"],
-        text=True, stdout=subprocess.PIPE,
-    )  # fmt: skip
-    assert owner.stdout
-    address = owner.stdout.readline().strip()
-    _until(lambda: Path(address).exists())
-    own = psutil.Process(owner.pid).children()[0]
+    owner, own, _ = _run_elsewhere(f"ahead={ahead}")
     if ahead:
         _until(lambda: any("libtorch" in one.path for one in own.memory_maps()))
     else:
