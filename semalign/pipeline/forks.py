@@ -62,10 +62,12 @@ def ask(words: list[str]) -> int | None:
         except (KeyError, OSError):
             return None
         sent = json.dumps(asked).encode()
+        signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # what comes meanwhile waits until it can be handed on
         socket.send_fds(line, [_SIZE.pack(len(sent))], [0, 1, 2])
         line.sendall(sent)
         for number in FORWARDED:
             signal.signal(number, lambda n, _frame: line.sendall(bytes([n])))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
         parent = os.getppid()
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
         try:
@@ -184,11 +186,13 @@ class Origin:
         """Fork as one asks; the words that were asked for in the fork, and none in this process."""
         head, files, _, _ = socket.recv_fds(line, _SIZE.size, 3)
         asked = _received(line, _SIZE.unpack(head)[0]) if len(head) == _SIZE.size else b""
+        signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # a fork takes them once they are its own
         fork = os.fork() if asked else -1
         if fork == 0:
             line.close()
             self.leave()
             return take_place(json.loads(asked), files)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
         for file in files:
             os.close(file)
         if fork > 0:
@@ -268,6 +272,7 @@ def run_module(words: list[str]) -> NoReturn:
 
     sys.argv, status = words, 0
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
         runpy.run_module(words[0], run_name="__main__", alter_sys=True)
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)

@@ -204,6 +204,47 @@ def test_a_signal_to_whoever_asks_is_one_to_the_fork(
     _until(lambda: origin.children() == [])
 
 
+def test_a_signal_amid_the_asking_is_one_to_the_fork(origin: psutil.Process, folder: Path) -> None:
+    """It arrives when the fork is asked for and nothing hands it on yet: the fork ends by it, not whoever asked."""
+    lines = [
+        "import os, signal, sys",
+        "from semalign.pipeline import forks",
+        "send = forks.socket.send_fds",
+        "forks.socket.send_fds = lambda *given: (send(*given), os.kill(os.getpid(), signal.SIGINT))",
+        "print('ended as', forks.ask(['sleeper']))",
+    ]
+    own = [sys.executable, "-c", "\n".join(lines)]
+    done = subprocess.run(own, cwd=folder, text=True, capture_output=True, timeout=30)
+    assert done.returncode == 0 and done.stdout.endswith("ended as 1\n")
+    assert done.stderr.endswith("KeyboardInterrupt\n")
+    assert origin.children() == []
+
+
+def test_a_signal_to_a_fork_that_has_just_begun_is_not_lost(folder: Path) -> None:
+    """It arrives before the fork has given up its origin's way with signals, which is to go on."""
+    lines = [
+        "import os, signal",
+        "from semalign.pipeline import forks",
+        "fork = os.fork",
+        "def struck():",
+        "    if not (number := fork()): os.kill(os.getpid(), signal.SIGTERM)",
+        "    return number",
+        "os.fork, forks.IMPORTS = struck, ()",
+        "forks.main(False, False)",
+    ]
+    given = {**os.environ, forks.ADDRESS: str(folder / "forks")}
+    own = subprocess.Popen([sys.executable, "-c", "\n".join(lines)], env=given)
+    try:
+        _until((folder / "forks").exists)
+        asker = subprocess.run(
+            forks.command(sys.executable, "sleeper"), cwd=folder, env=given, capture_output=True, timeout=30
+        )
+        assert asker.returncode == -signal.SIGTERM
+    finally:
+        own.kill()
+        own.wait()
+
+
 def test_an_interrupt_at_the_terminal_leaves_the_origin_to_its_run(origin: psutil.Process, folder: Path) -> None:
     asker = _sleeper(folder)
     origin.send_signal(signal.SIGINT)
