@@ -196,6 +196,7 @@ class Held:
     methods: tuple[str, ...] = ()
     teachers: int = 0
     students: int = 0
+    scores: bool = False  # examples are attributed beside these models, and the models are gone when a method runs
     read: str = ""  # the split of which the states of all layers of the teacher are on the card at once
     most: float = math.inf  # examples of it
     both: bool = False  # the student beside it then
@@ -204,7 +205,7 @@ class Held:
 
 
 CHAPTERS: dict[str, Held] = {
-    "02_importance": Held(teachers=1),
+    "02_importance": Held(teachers=1, scores=True),
     "04_alignment": Held(("semalign", "sft_layer")),
     "05_mmlu": Held(("*",)),
     "06_gsm8k": Held(("*",)),
@@ -218,7 +219,7 @@ CHAPTERS: dict[str, Held] = {
     "13_rivals": Held(("seeking", "laten"), students=1),
     "13b_regimes": Held(("sft", "logit_kd", "warm_up")),
     "14_search": Held(("logit_kd", "semalign"), full=True),
-    "16_below_the_layer": Held(("semalign", "align_heads", "align_neurons"), teachers=1, students=1),
+    "16_below_the_layer": Held(("semalign", "align_heads", "align_neurons"), teachers=1, students=1, scores=True),
     "17_causal": Held(("sft_layer", "semantic_and_causal"), students=1),
     "18_pairing_from_outputs": Held(("semalign",), read="train", most=40),
     "19_larger_gaps": Held(("sft", "logit_kd", "semalign"), full=True),
@@ -311,9 +312,9 @@ def chapter_memory(p: Profile, name: str) -> Need:
     needs = [method_memory(p, m) for m in runs] or [Need(SPARE, HOST, "reading")]
     largest = max(needs, key=lambda need: need.gpu)
     beside = held.teachers * t.parameters * size + held.students * s.parameters * size
-    gpu, step = largest.gpu + beside, largest.step
-    if name == "02_importance":
-        gpu, step = beside + attribution(t, longest(p), size) + SPARE, "attribution"
+    gpu, step = largest.gpu + beside * (not held.scores), largest.step
+    if held.scores:
+        gpu, step = max((gpu, step), (beside + attribution(t, longest(p), size) + SPARE, "attribution"))
     if held.read:
         examples = min(held.most, getattr(p.sizes, held.read))
         states = t.layers * examples * longest(p) * t.width * size

@@ -46,6 +46,8 @@ WEIGHTS = (1.0, 0.3, 0.1)
 """What the weight of the layer term is chosen from; the first is the paper's, and a small search has it alone."""
 GROUPS = 4
 """Groups of neurons."""
+AT_ONCE = 32
+"""Parts whose contributions are in memory at once; those of all neurons of a layer would be 100 GB for Llama-2 13B."""
 
 _LIKE = {"map": "logit", "output_loss": "ce"}
 WAYS = {
@@ -94,7 +96,9 @@ def remainders(model: Model, example: Encoded) -> dict[str, float]:
         x, added = seen[k, point][0], whole[k, point][0]
         columns = head_columns(model, k) if point == "attention" else torch.arange(x.shape[-1])[:, None]
         bias = getattr(last_matrix(model, k, point), "bias", None)
-        left = added - contributions(x, written(model, k, point), columns).sum(1) - (0 if bias is None else bias)
+        x, weight = x.float(), written(model, k, point).float()
+        parts = sum(contributions(x, weight, some).sum(1) for some in columns.split(AT_ONCE))
+        left = added - parts - (0 if bias is None else bias)
         largest[point] = max(largest[point], float((left.norm(dim=-1) / added.norm(dim=-1)).max()))
     return largest
 

@@ -201,9 +201,11 @@ def test_chapters_are_planned_with_what_they_hold_beside_a_method() -> None:
     """By hand, from the shapes alone: what a card and the host hold besides CUDA, Python and the data."""
     p = load_profile("llama2")
     t, s = (2 * planning.shape_of(source).parameters for source in (p.teacher, p.student))
-    of = {name: planning.chapter_memory(p, name) for name in ("02_importance", "11_ablations", "17_causal")}
+    chapters = ("02_importance", "11_ablations", "16_below_the_layer", "17_causal")
+    of = {name: planning.chapter_memory(p, name) for name in chapters}
     assert of["02_importance"].host == t + planning.HOST
     assert t + 4e9 < of["02_importance"].gpu < t + s  # the student is loaded when the teacher is gone
+    assert of["16_below_the_layer"].gpu == of["02_importance"].gpu + s  # both are scored, and gone when others train
     states = 40 * 20 * 700 * 5120 * 2
     assert of["11_ablations"].gpu >= t + s + states + planning.SPARE
     more = planning.chapter_memory(p.changed(sizes={"extract": 60}), "11_ablations")

@@ -10,7 +10,9 @@ import pytest
 import torch
 from test_contributions import turned
 from tiny import FAMILIES, Letters, tiny_llama, toy_data
+from torch import Tensor
 
+from semalign.contributions import contributions
 from semalign.methods import REGISTRY
 from semalign.models import Pair
 from semalign.profiles import load_profile
@@ -43,6 +45,20 @@ def test_nothing_remains_of_a_sublayer_without_its_parts() -> None:
     for model in (tiny_llama(num_key_value_heads=2), tiny_llama(attention_bias=True), FAMILIES["qwen3"]()):
         left = below.remainders(model, toy_data(1)[0])
         assert set(left) == {"attention", "mlp"} and max(left.values()) < 1e-5
+
+
+def test_contributions_of_all_neurons_are_never_in_memory_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def seen(*given: Tensor) -> Tensor:
+        made.append(contributions(*given))
+        return made[-1]
+
+    monkeypatch.setattr(below, "contributions", seen)
+    model, example = tiny_llama(2, intermediate_size=200), toy_data(1)[0]
+    assert max(below.remainders(model, example).values()) < 1e-5
+    assert sum(parts.shape[1] for parts in made) == 2 * (200 + model.config.num_attention_heads)
+    assert max(parts.shape[1] for parts in made) == below.AT_ONCE
 
 
 def test_heads_of_a_turned_copy_are_paired_with_themselves() -> None:
