@@ -136,10 +136,17 @@ def over_examples(model: Model, encoded: Sequence[Encoded], read: Callable[[Mode
     They are read one by one: the tensors that are kept for a teacher's backward pass are the peak of a run.
     """
     total = torch.zeros(())
-    for example in encoded:
-        batch = collate([example], 0, head_weight(model).device)
-        total = total + read(model, batch).cpu() * int(supervised(batch["labels"]).sum())
+    for score, count in _one_by_one(model, encoded, read):
+        total = total + score * count
     return total
+
+
+def _one_by_one(
+    model: Model, encoded: Sequence[Encoded], read: Callable[[Model, Batch], Tensor]
+) -> Iterator[tuple[Tensor, int]]:
+    """What ``read`` scores of each example, on the CPU, and how many supervised positions it has."""
+    for e in encoded:
+        yield read(model, collate([e], 0, head_weight(model).device)).cpu(), int(supervised(e.labels).sum())
 
 
 def of_each(model: Model, encoded: Sequence[Encoded], read: Callable[[Model, Batch], Tensor]) -> Tensor:
@@ -148,8 +155,7 @@ def of_each(model: Model, encoded: Sequence[Encoded], read: Callable[[Model, Bat
     That is its own score by its share of the supervised positions, over which the objective is a mean. Scores of the
     batch are the sum of these, where they are ``signed`` or ``abs``, and the root of their summed squares as ``l2``.
     """
-    counts = [int(supervised(e.labels).sum()) for e in encoded]
-    scores = [read(model, collate([e], 0, head_weight(model).device)).cpu() for e in encoded]
+    scores, counts = zip(*_one_by_one(model, encoded, read), strict=True)
     return torch.stack([score * (n / sum(counts)) for score, n in zip(scores, counts, strict=True)])
 
 

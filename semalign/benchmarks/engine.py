@@ -88,7 +88,7 @@ class SharedPrefixLM(HFLM):
             first = torch.log_softmax(out.logits[:, -1].float(), -1)[owners]  # (choices, m)
             score, greedy = _score(first.unsqueeze(1), [w[:1] for w in wanted])
             if longest > 1:
-                name = "cache" if "cache" in out else "past_key_values"  # its name until transformers 5.2x
+                name = self._cache_name()
                 out[name].batch_select_indices(torch.tensor(owners, device=self.device))
                 rest, rest_mask = self._pad([w[:-1] or [0] for w in wanted], "right")
                 before = mask[owners]
@@ -152,8 +152,11 @@ class SharedPrefixLM(HFLM):
             return {}
         cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
         cache.layers = [_Room(tokens) if type(layer) is DynamicLayer else layer for layer in cache.layers]
-        taken = inspect.signature(self.model.forward).parameters
-        return {"cache" if "cache" in taken else "past_key_values": cache}  # its name until transformers 5.2x
+        return {self._cache_name(): cache}
+
+    def _cache_name(self) -> str:
+        """What the model calls its cache of keys and values: ``past_key_values`` until transformers 5.2x."""
+        return "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
 
     @contextlib.contextmanager
     def _no_settings(self) -> Iterator[None]:

@@ -163,12 +163,13 @@ def neuron_scores(model: Model, inside: Trace, target: int, *, chunk: int = 1024
     rounds to 4 decimals;
     a score that is no number then becomes infinite, because the released sort puts such neurons first.
     """
-    readout, half = _readout(model, inside.scale), head_weight(model).half()
+    readout, half = _readout(model, inside.scale), head_weight(model).half().float()
 
     def log_q(states: Tensor) -> Tensor:  # (n, D) -> (n,)
         if released:
-            normed = (states * (norm_gain(model).float() / inside.scale)).half()
-            return (normed @ half.T).softmax(-1)[:, target].log().float()
+            normed = (states * (norm_gain(model).float() / inside.scale)).half().float()
+            # As cards multiply in float16: sums in float32, rounded at the end. Processors take twenty times as long.
+            return (normed @ half.T).half().softmax(-1)[:, target].log().float()
         return (states @ readout.T).log_softmax(-1)[:, target]
 
     def gain(after: Tensor, before: Tensor) -> Tensor:

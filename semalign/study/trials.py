@@ -369,7 +369,8 @@ def _judged(
     if key in _JUDGED and _JUDGED[key][0].folder.exists():
         return _JUDGED[key]
     device = model.device
-    model.to(device if itself else "cpu")
+    if not itself:
+        model.to("cpu")
     teacher = model if itself else pair.load_teacher().eval()
     vocabulary = min(rows, len(teacher.get_output_embeddings().weight))
     top = SupervisionCache.build(cache, teacher, encoded, (), top_k=min(64, vocabulary), vocabulary=vocabulary)
