@@ -10,6 +10,9 @@ UV      := 0.13.9
 
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
+# Libraries are compiled once and kept beside their sources. Images of containers often forbid it, and then every process
+# compiles anew whatever it imports, which takes longer than all else of the imports.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup gemma book notebooks plan fetch tune keep address verify test test-book test-slurm test-gpu rehearse pdf slides bench zoo pico lint lock clean

@@ -33,8 +33,10 @@ ADDRESS = "SEMALIGN_FORKS"
 FORWARDED = (signal.SIGINT, signal.SIGTERM)
 """What is said to whoever asks is said to the fork: Jupyter interrupts a kernel before it asks it to end."""
 IMPORTS = (
-    "ipykernel.kernelapp", "papermill", "matplotlib.pyplot", "seaborn", "transformers.models.llama.modeling_llama",
-    "semalign.methods", "semalign.study.tables", "semalign.benchmarks.engine", "lm_eval.evaluator",
+    "ipykernel.kernelapp", "ipykernel.debugger", "IPython.core.debugger", "papermill", "seaborn",
+    "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg", "pandas.io.formats.style",
+    "transformers.models.llama.modeling_llama", "semalign.methods", "semalign.study.tables", "semalign.study.kept",
+    "semalign.report", "semalign.benchmarks.engine", "lm_eval.evaluator",
 )  # fmt: skip
 """What is imported before the first fork, with all that it imports."""
 _SIZE = struct.Struct("!i")
@@ -281,6 +283,10 @@ def run_module(words: list[str]) -> NoReturn:
     except BaseException:
         traceback.print_exc()
         status = 1
+    # A kernel's last word goes through a thread that its own end function stops first, and then it waits ten seconds.
+    for thread in threading.enumerate():
+        if thread.name == "Control":
+            thread.join(timeout=2)
     # As Python ends, but without taking every imported module apart, which takes five times as long as the rest.
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
@@ -304,6 +310,7 @@ def main(classroom: bool, ahead: bool) -> None:
     warnings.filterwarnings("ignore", message="IProgress not found")  # the variable is read when Python starts
     # Both are read when the modules are imported: a kernel ends with its parent, and its figures go to the page.
     os.environ |= {"JPY_PARENT_PID": str(os.getpid()), "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # a debugger that nobody attached warns of Python's own modules
     for name in IMPORTS:
         importlib.import_module(name)
     if classroom:

@@ -183,6 +183,21 @@ def test_what_a_fork_opened_is_closed_at_its_end(origin: psutil.Process, folder:
         assert list(folder.glob("own*")) == []
 
 
+def test_a_kernel_ends_the_thread_by_which_it_was_told_to_before_its_end_functions(
+    origin: psutil.Process, folder: Path
+) -> None:
+    """One of them stops what that thread still waits for, and a kernel that hangs is killed after some seconds."""
+    lines = [
+        "import atexit, threading, time",
+        "atexit.register(print, 'at the end')",
+        "told = lambda: (time.sleep(0.3), print('goodbye'))",
+        "threading.Thread(target=told, name='Control', daemon=True).start()",
+    ]
+    (folder / "kernel.py").write_text("\n".join(lines))
+    done = subprocess.run(forks.command(sys.executable, "kernel"), cwd=folder, text=True, capture_output=True)
+    assert (done.returncode, done.stdout) == (0, "goodbye\nat the end\n")
+
+
 def test_an_exit_with_a_sentence_is_an_error_that_says_it(origin: psutil.Process, folder: Path) -> None:
     (folder / "leaving.py").write_text("raise SystemExit('not here')")
     done = subprocess.run(forks.command(sys.executable, "leaving"), cwd=folder, text=True, capture_output=True)
