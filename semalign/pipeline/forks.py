@@ -313,6 +313,11 @@ def main(classroom: bool, ahead: bool) -> None:
     os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # a debugger that nobody attached warns of Python's own modules
     for name in IMPORTS:
         importlib.import_module(name)
+    from semalign.benchmarks import BENCHMARKS
+    from semalign.study import trials
+
+    # All modules as syntax trees: each fork would read them, and walk through them at every collection.
+    trials.own_code("", tuple(BENCHMARKS))
     if classroom:
         from semalign.classroom import corpora
 

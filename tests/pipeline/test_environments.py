@@ -39,7 +39,8 @@ def room() -> Iterator[Path]:
 
 def _part(root: Path, *before: str, **environment: str) -> str:
     """What the part of the suite prints in ``root``; it has to pass."""
-    settings = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", **environment}
+    ours = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""}
+    settings = {**os.environ, **ours, **environment}
     words = [*before, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *PART]
     done = subprocess.run(words, cwd=root, env=settings, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 0, done.stdout[-5000:]
