@@ -33,7 +33,10 @@ from semalign.models import byte_tokenizer  # noqa: E402
 from semalign.planning import plan as planning  # noqa: E402
 from semalign.profiles import load_profile  # noqa: E402
 
-CHAPTERS = ["00_models_and_data", "01_semantics", "02_importance", "03_pairing", "04_alignment", "10_similarity"]
+CHAPTERS = [
+    "00_models_and_data", "01_semantics", "02_importance", "03_pairing", "04_alignment", "10_similarity",
+    "16_below_the_layer",
+]  # fmt: skip
 WATCH = """
 import os, sys, threading, time
 
