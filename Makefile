@@ -64,9 +64,8 @@ address: setup ## after a change of the repository's address in _config.yml: the
 verify: setup ## make some of the kept trials of PROFILE again by the code of now; where they come out the same, all stay current
 	@OMP_NUM_THREADS=1 $(BIN)/python -m semalign.pipeline verify "$(PROFILE)" $(if $(filter-out all,$(CORES)),--cores $(CORES))
 
-# One file more than there are cores: a fifth of the suite's time is waiting, for programs that hang and processes that are killed.
 test: setup ## the test suite, a file at a time on each core and one more
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $$($(BIN)/python -c "import os; print(1 + os.cpu_count())") --dist loadfile --no-loadscope-reorder
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadfile --no-loadscope-reorder
 
 test-slurm: setup ## a run on a one-node SLURM cluster made for it, killed and resumed (root on Debian)
 	@$(BIN)/python tests/cluster/slurm.py
