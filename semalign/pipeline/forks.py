@@ -298,12 +298,17 @@ def run_module(words: list[str]) -> NoReturn:
 
 def main(classroom: bool, ahead: bool) -> None:
     """Once somebody asks, or ``ahead``, make what chapters, trials and kernels would all make anew, and then fork."""
+    origin = Origin(os.environ[ADDRESS])
+    if ahead or origin.asked_for():  # otherwise the run has nothing to do
+        prepare(classroom)
+        origin.serve()
+
+
+def prepare(classroom: bool) -> None:
+    """The imports, and what else is the same for all forks; ``classroom``: its questions too."""
     import gc
     import warnings
 
-    origin = Origin(os.environ[ADDRESS])
-    if not ahead and not origin.asked_for():  # a run that has nothing to do
-        return
     from semalign.pipeline.notebooks import leave_the_user_out
 
     leave_the_user_out(Path(os.environ[ADDRESS]).parent)
@@ -325,7 +330,6 @@ def main(classroom: bool, ahead: bool) -> None:
             for split in corpora.SIZES:
                 corpora.items(subject, split)
     gc.freeze()  # what forks share stays shared: a collection would write into every page of it
-    origin.serve()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -168,11 +169,17 @@ def run_digest(p: Profile) -> str:
     return digest(_code(), p.model_dump(mode="json"))
 
 
-def digests(p: Profile) -> dict[str, str]:
-    """One hash a notebook over all that determines its result: source, profile, code, data, and what it reads."""
-    shared = run_digest(p)
+def digests(p: Profile, last: str | None = None) -> dict[str, str]:
+    """One hash a notebook over all that determines its result: source, profile, code, data, and what it reads.
+
+    Of all chapters, or of those that the notebook ``last`` needs, and its own.
+    """
+    shared, run = run_digest(p), chapters_of(p)
+    wanted = set(run) if last is None else {last}
+    for name in reversed(run):
+        wanted |= set(run[name].reads) if name in wanted else set()
     hashes: dict[str, str] = {}
-    for name, chapter in chapters_of(p).items():
+    for name, chapter in ((name, chapter) for name, chapter in run.items() if name in wanted):
         notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
         hashes[name] = digest(shared, cells_of(notebook), _data_of(notebook), [hashes[b] for b in chapter.reads])
     return hashes
@@ -255,7 +262,7 @@ def run_notebook(name: str, profile: str, results: Path, planned: str = "") -> P
     for folder in (target.parent, metrics.parent, results / "artefacts"):
         folder.mkdir(parents=True, exist_ok=True)
     metrics.unlink(missing_ok=True)
-    made_from = digests(p).get(name, "")
+    made_from = digests(p, name).get(name, "")
     if planned and planned != made_from:
         raise NotebookFailed(f"what notebook {name} depends on was changed while the run went on: call it again")
     own = tempfile.TemporaryDirectory()
@@ -267,16 +274,26 @@ def run_notebook(name: str, profile: str, results: Path, planned: str = "") -> P
     class Progress(papermill.engines.NBClientEngine):
         @classmethod
         def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **kwargs: Any) -> None:
-            begin, cells = nb_man.cell_start, nb_man.nb.cells
+            begin, end, save, cells = nb_man.cell_start, nb_man.cell_complete, nb_man.save, nb_man.nb.cells
 
             def announce(cell: Any, cell_index: int = 0, **kw: Any) -> None:
                 at[0] = cell_index
                 if cell.cell_type == "code":
                     when = f"{time.monotonic() - started:6.1f} s  cell {cell_index + 1}/{len(cells)}"
                     print(f"[{name}] {when}  {_section(cells, cell_index)}", flush=True)
-                begin(cell, cell_index, **kw)
+                unsaved(begin, cell, cell_index, **kw)
+                if cell.cell_type == "code":
+                    save()
 
-            nb_man.cell_start = announce
+            def unsaved(step: Callable[..., None], *args: Any, **kw: Any) -> None:
+                nb_man.save = lambda **_: None
+                try:
+                    step(*args, **kw)
+                finally:
+                    nb_man.save = save
+
+            # The copy is saved before a cell runs, with all that ran before it, and not four times between two of them.
+            nb_man.cell_start, nb_man.cell_complete = announce, partial(unsaved, end)
             quiet = ["--IPKernelApp.log_level=50"]  # the kernel reports its transport and its shutdown
             told = sockets_of(Path(own.name))
             super().execute_managed_notebook(nb_man, kernel_name, extra_arguments=quiet, config=told, **kwargs)

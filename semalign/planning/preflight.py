@@ -21,6 +21,8 @@ GPU = "SEMALIGN_GPU"
 """Set to 1 in the jobs of a cluster that were given a GPU."""
 CHECKED = "SEMALIGN_CHECKED"
 """Names the host, and the data that were found whole there, so that a run's own notebooks do not read them again."""
+FEWEST = {"validation": 2, "test": 4}
+"""Examples of a split without which a chapter has no interval: two, and of the test's two of each kind of question."""
 
 
 def preflight(p: Profile, results: Path | None = None) -> None:
@@ -31,9 +33,15 @@ def preflight(p: Profile, results: Path | None = None) -> None:
         results: where its results go; None asks nothing of that disk.
 
     Raises:
-        ProfileError: programs that are not allowed to run or cannot be, a gated model without a token, or a disk that
-            is too small; one sentence that names the setting or the place, and what mends it.
+        ProfileError: too few examples, programs that are not allowed to run or cannot be, a gated model without a
+            token, or a disk that is too small; one sentence that names the setting or the place, and what mends it.
     """
+    for split, fewest in FEWEST.items():
+        if (size := getattr(p.sizes, split)) is not None and size < fewest:
+            raise ProfileError(
+                f"profile {p.name} asks for {size} in {split}, and no interval can be made of so few: set sizes: "
+                f"{split} in it to {fewest} or more"
+            )
     if p.code_tasks and not p.allow_code_execution:
         raise ProfileError(
             f"profile {p.name} has {' and '.join(p.code_tasks)}, which run programs that a model wrote: set "
@@ -55,7 +63,7 @@ def before_models(p: Profile, results: Path | None = None, *, elsewhere: bool = 
         elsewhere: the jobs run on other machines, which ask for their own device and sandbox.
 
     Raises:
-        ProfileError: as :func:`preflight`; a split that is empty; a GPU that is asked for and not there.
+        ProfileError: as :func:`preflight`; a split with too few examples; a GPU that is asked for and not there.
         SandboxError: less isolation than the profile's programs need.
         DataError: a benchmark's file is absent or malformed.
     """
@@ -121,16 +129,16 @@ def _device(p: Profile) -> None:
 
 
 def _data(p: Profile) -> None:
-    """Every task has its questions, and examples in each split that something reads."""
+    """Every task has its questions, and examples enough in each split that something reads."""
     from semalign import benchmarks
 
     for task in p.tasks:
-        benchmarks.load_items(task)
-        splits = benchmarks.task_data(task)
-        empty = [name for name in ("train", "align", "extract", "validation") if not getattr(splits, name)]
-        if empty:
+        questions, splits = benchmarks.load_items(task), benchmarks.task_data(task)
+        sizes = {name: len(getattr(splits, name)) for name in ("train", "align", "extract", "validation")}
+        sizes["test"] = len(questions)
+        if few := [f"{size} in {name}" for name, size in sizes.items() if size < FEWEST.get(name, 1)]:
             raise ProfileError(
-                f"profile {p.name}: {task} has no examples in {' and '.join(empty)} under data: benchmarks: give "
+                f"profile {p.name}: under data: benchmarks, {task} has examples too few, {' and '.join(few)}: give "
                 "SEMALIGN_DATA a folder with more of its questions, or take the task out"
             )
 

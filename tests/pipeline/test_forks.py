@@ -50,11 +50,20 @@ def _until(holds: Callable[[], bool]) -> None:
     pytest.fail("it did not happen within a minute")
 
 
-def _run_elsewhere(given: str = "") -> tuple[subprocess.Popen[str], psutil.Process, str]:
+BARE = """
+from semalign.pipeline import forks
+start = forks.subprocess.Popen
+bare = "from semalign.pipeline import forks; forks.prepare = lambda classroom: None; "
+forks.subprocess.Popen = lambda words, **how: start([*words[:2], bare + words[2]], **how)
+"""
+"""In front of a program: what forks for it imports nothing before."""
+
+
+def _run_elsewhere(given: str = "", before: str = "") -> tuple[subprocess.Popen[str], psutil.Process, str]:
     """A process in which ``forking(GIVEN)`` is open for a minute, the process that forks for it, and its address."""
     code = f"import time; from semalign.pipeline.forks import *; c = forking({given}); c.__enter__()"
     owner = subprocess.Popen(
-        [sys.executable, "-c", f"{code}; print(os.environ[ADDRESS], flush=True); time.sleep(60)"],
+        [sys.executable, "-c", f"{before}{code}; print(os.environ[ADDRESS], flush=True); time.sleep(60)"],
         text=True, stdout=subprocess.PIPE,
     )  # fmt: skip
     assert owner.stdout
@@ -119,7 +128,7 @@ def test_whoever_asks_ends_with_its_parent(origin: psutil.Process, folder: Path)
 
 def test_all_ends_with_the_run(folder: Path) -> None:
     """The run's process is killed: its origin, the fork and whoever asked for it end; what was asked for is named."""
-    owner, own, address = _run_elsewhere()
+    owner, own, address = _run_elsewhere(before=BARE)
     asker = subprocess.Popen(
         forks.command(sys.executable, "sleeper"), cwd=folder, env={**os.environ, forks.ADDRESS: address},
         text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -244,7 +253,7 @@ def test_a_signal_to_a_fork_that_has_just_begun_is_not_lost(folder: Path) -> Non
         "def struck():",
         "    if not (number := fork()): os.kill(os.getpid(), signal.SIGTERM)",
         "    return number",
-        "os.fork, forks.IMPORTS = struck, ()",
+        "os.fork, forks.prepare = struck, lambda classroom: None",
         "forks.main(False, False)",
     ]
     given = {**os.environ, forks.ADDRESS: str(folder / "forks")}

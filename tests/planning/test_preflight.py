@@ -33,9 +33,9 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Profile:
     monkeypatch.setenv("HF_TOKEN", "hf_none")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**15, 0, 10**15))
     monkeypatch.setattr(sandbox, "active_level", lambda: "namespace")
-    monkeypatch.setattr(benchmarks, "load_items", lambda task: [{}])
-    one = (Example("q", "a"),)
-    monkeypatch.setattr(benchmarks, "task_data", lambda task: TaskData(task, one, one, one, one))
+    monkeypatch.setattr(benchmarks, "load_items", lambda task: [{}] * 4)
+    two = (Example("q", "a"),) * 2
+    monkeypatch.setattr(benchmarks, "task_data", lambda task: TaskData(task, two, two, two, two))
     monkeypatch.setattr(before, "nvidia_devices", list)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv(before.GPU, raising=False)
@@ -45,6 +45,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Profile:
 
 def test_what_has_all_it_needs_passes(hub: Profile, tmp_path: Path) -> None:
     before.before_models(hub, tmp_path)
+    before.before_models(hub.changed(sizes=before.FEWEST), tmp_path)
 
 
 def no_token(m: pytest.MonkeyPatch) -> None:
@@ -62,8 +63,8 @@ def no_isolation(m: pytest.MonkeyPatch) -> None:
 
 
 def nothing_to_validate_on(m: pytest.MonkeyPatch) -> None:
-    one = (Example("q", "a"),)
-    m.setattr(benchmarks, "task_data", lambda task: TaskData(task, one, one, one, one if task == "mmlu" else ()))
+    two = (Example("q", "a"),) * 2
+    m.setattr(benchmarks, "task_data", lambda task: TaskData(task, two, two, two, two if task == "mmlu" else ()))
 
 
 def given_a_gpu(m: pytest.MonkeyPatch) -> None:
@@ -77,11 +78,13 @@ def beside_a_gpu(m: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("changes", "prepare", "said"),
     [
+        ({"sizes": {"test": 3}}, None, ["3 in test", "sizes: test", "4 or more"]),
+        ({"sizes": {"validation": 1}}, None, ["1 in validation", "sizes: validation", "2 or more"]),
         ({"allow_code_execution": False}, None, ["humaneval and mbpp", "allow_code_execution: true"]),
         ({}, no_token, ["meta-llama/Llama-2-13b-chat-hf", "gated", "HF_TOKEN"]),
         ({}, no_room, ["GB", "1.0 GB are free", "HF_HOME", "TMPDIR"]),
         ({}, no_isolation, ["in namespaces alone", "install bubblewrap"]),
-        ({}, nothing_to_validate_on, ["gsm8k has no examples in validation", "SEMALIGN_DATA"]),
+        ({}, nothing_to_validate_on, ["gsm8k has examples too few, 0 in validation:", "SEMALIGN_DATA"]),
         ({"device": "cuda"}, None, ["device: cuda", "make setup"]),
         ({}, given_a_gpu, ["was given a GPU", "make setup"]),
         ({}, beside_a_gpu, ["machine with an NVIDIA GPU", "make setup"]),
@@ -116,7 +119,7 @@ def test_a_cluster_leaves_device_and_sandbox_to_its_jobs(hub: Profile, monkeypat
     no_isolation(monkeypatch)
     before.before_models(hub.changed(device="cuda"), elsewhere=True)
     nothing_to_validate_on(monkeypatch)
-    with pytest.raises(ProfileError, match="no examples in validation"):
+    with pytest.raises(ProfileError, match="examples too few, 0 in validation"):
         before.before_models(hub, elsewhere=True)
 
 

@@ -33,7 +33,7 @@ def test_an_arm_has_the_rate_of_what_it_is_like_and_its_own_settings_last(
         return {"answers": {task: [{"correct": method == "sft"}, {"correct": False}]}}
 
     monkeypatch.setattr(trials, "run_trial", trial)
-    p = load_profile("smoke", hyperparameters={"sft": {"lr": 0.5, "epochs": 9}}, seeds=[3, 4, 5])
+    p = load_profile("smoke", batch_size=4, hyperparameters={"sft": {"lr": 0.5, "epochs": 9}}, seeds=[3, 4, 5])
     p = p.changed(siblings=[p.student.model_copy(update={"seed": 8})], kin_teachers=[])
     ways = {"one": Way("sft", {}, "sft"), "more": Way("sft", {"epochs": 7}, "sft")}
     right = arms.answered(p, "mmlu", ways, tmp_path, examples=8, steps=4)

@@ -16,7 +16,7 @@ from semalign.study.analysis import Estimate
 
 @pytest.mark.parametrize("examples", [1, 8, 32, 128, 240, 500, 1000])
 def test_every_number_of_examples_has_about_the_same_steps_in_two_epochs_or_more(examples: int) -> None:
-    p = load_profile("smoke")
+    p = load_profile("smoke", batch_size=4)
     given = regimes.budget(p, examples, 120)
     steps = given["epochs"] * math.ceil(examples / given["batch"])
     assert given["epochs"] >= 2 and 105 <= steps <= 140

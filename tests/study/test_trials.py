@@ -264,7 +264,7 @@ def test_the_teacher_agrees_with_itself(tmp_path: Path) -> None:
 
 
 def test_the_answers_are_those_of_the_trained_student(tmp_path: Path) -> None:
-    chosen = settings(lr=0.1)
+    chosen = settings(lr=0.1, batch_size=4)
     trained = trials.run_trial(chosen, "mmlu", "sft", 0, tmp_path)
     plain = trials.run_trial(chosen, "mmlu", "none", 0, tmp_path)
     assert torch.tensor(trained["validation"]["loss"]).mean() < torch.tensor(plain["validation"]["loss"]).mean() - 0.3
