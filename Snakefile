@@ -23,12 +23,14 @@ from semalign.profiles import load_profile
 PROFILE = str(config.get("profile", "classroom"))
 CHOSEN = load_profile(PROFILE)
 RESULTS = Path(str(config.get("results", f"results/{CHOSEN.name}"))).as_posix()
-preflight(CHOSEN, Path(RESULTS))
+preflight(CHOSEN, Path(RESULTS), trains=False)  # its jobs ask for their own room
 RUN = chapters.chapters_of(CHOSEN)
 DIGESTS = chapters.digests(CHOSEN)
 TRIAL_DIGEST = chapters.run_digest(CHOSEN)
 chapters.adopt(Path(RESULTS), DIGESTS)
-GPU = int(CHOSEN.device != "cpu")  # jobs that share a GPU run one after another
+# Jobs that share a GPU run one after another. A run on one machine says whether it has one; nodes of a cluster do where
+# the profile is not of the CPU, whatever there is where their jobs are submitted.
+GPU = int(config.get("gpu", CHOSEN.device != "cpu"))
 # The small models of a CPU profile gain nothing from a second thread: notebooks run side by side instead. A GPU is fed
 # by a few, whatever the machine has.
 THREADS = 4 if GPU else 1
@@ -80,10 +82,10 @@ rule notebooks:
         [ancient(made(name)) for name in RUN],
 
 
-# A method on a task under a seed: the unit that a cluster runs side by side.
+# A method on a task under a seed: the unit that a cluster runs side by side. Its file is not declared: Snakemake would
+# delete it before the job, which is to find by the trial's own key whether it still holds.
 rule trial:
     output:
-        f"{RESULTS}/artefacts/trials/{{task}}/{{method}}-{{seed}}.json",
         f"{RESULTS}/artefacts/trials/{{task}}/{{method}}-{{seed}}.json.{TRIAL_DIGEST}",
     params:
         profile=PROFILE, results=RESULTS, job=JOB,

@@ -19,6 +19,7 @@ import yaml
 
 from semalign.lm.files import read_json, write_json
 from semalign.planning.preflight import before_models
+from semalign.planning.stamps import BUT_FOR, unstamp
 from semalign.profiles import Profile, ProfileError, load_profile
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,8 +37,8 @@ def opened(profile: str, results: str | Path | None, changes: Mapping[str, Any])
     it is missing.
 
     Raises:
-        ProfileError: the profile is unknown or malformed, or a profile's values were given as parameters, which no cell
-            would read.
+        ProfileError: the profile is unknown or malformed, a profile's values were given as parameters, which no cell
+            would read, ``changes`` are no mapping of a profile's values, or nothing can be written to the results.
         ProfileError, SandboxError, DataError: as :func:`semalign.planning.preflight.before_models`.
     """
     beside = vars(sys.modules["__main__"])
@@ -46,10 +47,18 @@ def opened(profile: str, results: str | Path | None, changes: Mapping[str, Any])
             f"{' and '.join(sources)} are values of a profile and no parameters: give -p profile NAME, where NAME may "
             "be the path of a yaml file, and what is to differ as -y 'changes: {...}'"
         )
-    p = load_profile(profile, **changes)
+    if not isinstance(profile, str):
+        raise ProfileError(f"profile is {profile!r}: give the name of a profile, or the path of a yaml file")
+    if not isinstance(changes, Mapping) or {"name", "name_or_path", "folder"} & set(changes):
+        raise ProfileError(f"changes is {changes!r}: give values of the profile by name, as {{'seeds': [1]}}, or {{}}")
+    p = load_profile(profile, **{str(name): value for name, value in changes.items()})
     folder = Path(results).expanduser().resolve() if results else ROOT / "results" / p.name
-    for part in ("artefacts", "metrics"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
+    try:
+        for part in ("artefacts", "metrics"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        said = f"no results can go to {folder} ({error.strerror}): give another folder as results"
+        raise ProfileError(said) from None
     before_models(p, folder)
     gc.freeze()  # what the imports made stays: between two models a collection need not walk through all of it
     return p, folder
@@ -74,13 +83,16 @@ def row_called(row: str, called: Mapping[str, str]) -> str:
 def named(profile: Profile, changes: Mapping[str, Any]) -> str:
     """What provenance calls a run: its profile's name, and what differs from it."""
     told = ", ".join(f"{name}={value}" for name, value in changes.items())
-    return f"{profile.name}, but for {told}" if told else profile.name
+    return f"{profile.name}{BUT_FOR}{told}" if told else profile.name
 
 
 def save_metrics(
     path: str | Path, metrics: Mapping[str, Any], *, seeds: Sequence[int], profile: str, wall_s: float | None = None
 ) -> None:
     """Write numbers as json, together with what made them; a reader sees the old file or the new one, never half.
+
+    What was said of an older file of that name is said of this one by its run, once it has ended: a notebook that
+    somebody runs by hand leaves nothing that counts as a run's.
 
     Args:
         path: the json file; its folder is made where it is missing.
@@ -91,7 +103,26 @@ def save_metrics(
         ValueError: a number is not finite (None stands for what does not exist) or a value is no json; it says where.
     """
     content = {"metrics": _plain(metrics, "metrics"), "provenance": _provenance(seeds, profile, wall_s)}
+    unstamp(Path(path))
     write_json(Path(path), content, indent=1)
+
+
+def save_artefact(results: Path, name: str, content: Mapping[str, Any]) -> None:
+    """Write what a later notebook reads, as json, to ``results/artefacts/NAME``: whole, or not at all."""
+    write_json(results / "artefacts" / name, content)
+
+
+def load_artefact(results: Path, name: str, *, of: str) -> dict[str, Any]:
+    """What the notebook ``of`` left by :func:`save_artefact` under these results.
+
+    Raises:
+        ValueError: it is missing or no whole file; the message names the notebook that makes it.
+    """
+    path = results / "artefacts" / name
+    try:
+        return read_json(path)
+    except (OSError, ValueError):
+        raise ValueError(f"there is no whole {path}: run the notebook {of} with these results first") from None
 
 
 def load_metrics(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:

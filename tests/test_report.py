@@ -205,6 +205,37 @@ def test_a_repository_around_an_unpacked_archive_lends_no_commit(
     assert load_metrics(tmp_path / "m.json")[1]["commit"] == "unknown"
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"changes": None}, "changes is None: give values of the profile by name"),
+        ({"changes": "seeds"}, "changes is 'seeds': give values"),
+        ({"changes": {"name": "mine"}}, "changes is {'name': 'mine'}: give values"),
+        ({"changes": {"folder": "/x"}}, "changes is {'folder': '/x'}: give values"),
+        ({"changes": {1: 2}}, "unknown key '1'"),
+        ({"profile": None}, "profile is None: give the name of a profile"),
+        ({"results": "/proc/none"}, "no results can go to /proc/none .*: give another folder"),
+        ({"results": __file__}, "no results can go to .*test_report.py .*: give another folder"),
+    ],
+)
+def test_a_notebooks_parameters_are_refused_in_one_sentence(given: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(ProfileError, match=said) as refused:
+        report.opened(**{"profile": "smoke", "results": tmp_path / "mine", "changes": {}, **given})
+    assert "\n" not in str(refused.value)
+
+
+def test_what_an_earlier_notebook_left_comes_back_or_that_notebook_is_named(tmp_path: Path) -> None:
+    (tmp_path / "artefacts").mkdir()
+    with pytest.raises(ValueError, match=r"importance\.json: run the notebook 02_importance with these results first"):
+        report.load_artefact(tmp_path, "importance.json", of="02_importance")
+    report.save_artefact(tmp_path, "importance.json", {"critical_layer": 3})
+    assert report.load_artefact(tmp_path, "importance.json", of="02_importance")["critical_layer"] == 3
+    whole = (tmp_path / "artefacts/importance.json").read_text()
+    (tmp_path / "artefacts/importance.json").write_text(whole[:-9])
+    with pytest.raises(ValueError, match="run the notebook 02_importance"):
+        report.load_artefact(tmp_path, "importance.json", of="02_importance")
+
+
 def test_a_notebooks_parameters_are_opened_and_a_profiles_values_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

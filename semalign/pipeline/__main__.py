@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,18 @@ import psutil
 from semalign.lm.files import alive, locked, read_json
 from semalign.pipeline import forks
 from semalign.pipeline.notebooks import KEPT_ELSEWHERE, ORDER, ROOT, chapters_of, digests, run_digest, stamp
-from semalign.planning.preflight import CHECKED, asks_more, before_models, checked, disks, preflight, tokens
-from semalign.profiles import Profile, load_profile
+from semalign.planning.preflight import (
+    CHECKED,
+    asks_more,
+    before_models,
+    checked,
+    disks,
+    memory,
+    on_cpu,
+    preflight,
+    tokens,
+)
+from semalign.profiles import Profile, ProfileError, load_profile
 
 _LOCKS = contextlib.ExitStack()  # held until the process ends, which releases them
 
@@ -93,6 +104,27 @@ def check(profile: str, results: str, *, elsewhere: bool) -> None:
         os.environ[CHECKED] = checked(p)
 
 
+def lengths(p: Profile) -> None:
+    """Refuse examples of which none leaves room for a response, by the tokenizer: no weights are read.
+
+    Raises:
+        ProfileError: names the task, its split, and the setting.
+    """
+    from semalign.lm.examples import encode
+    from semalign.models import load_pair
+    from semalign.study.trials import SPLITS, splits
+
+    tokenizer = load_pair(p).tokenizer
+    for task in p.tasks:
+        examples = splits(p, task)
+        for split in SPLITS:
+            try:
+                with warnings.catch_warnings(action="ignore"):  # of those that are left out chapter 00 speaks
+                    encode(tokenizer, getattr(examples, split), max_length=p.max_length)
+            except ValueError as error:
+                raise ProfileError(f"profile {p.name}: in {split} of {task}, {error}") from None
+
+
 def fetch(profile: str) -> list[str]:
     """Bring a profile's models and questions into the caches of the hub, for nodes that have no network.
 
@@ -108,7 +140,7 @@ def fetch(profile: str) -> list[str]:
 
     p = load_profile(profile)
     tokens(p)
-    disks(p, None)
+    disks(p, None, trains=False)
     there, missing = [], []
     for model in {(m.id, m.revision): m for m in p.models if isinstance(m, Hub)}.values():
         try:
@@ -282,14 +314,15 @@ def run(profile: str, cores: str, until: str, results: Path | None = None) -> in
     """
     p = load_profile(profile)
     folder = (results or ROOT / "results" / p.name).resolve()
-    preflight(p, folder)
     check_writable(folder)
+    preflight(p, folder)
     if Path(profile).suffix in (".yaml", ".yml"):
         profile = str(Path(profile).expanduser().resolve())
     command = [
         sys.executable, "-m", "snakemake", until, "--snakefile", str(ROOT / "Snakefile"), "--directory", str(ROOT),
         "--cores", cores, "--resources", "gpu=1", "--nolock", "--rerun-incomplete",
-        "--config", f"profile={profile}", f"results={folder}", "--rerun-triggers", "software-env",
+        "--config", f"profile={profile}", f"results={folder}", f"gpu={int(not on_cpu(p))}",
+        "--rerun-triggers", "software-env",
         "--quiet", "rules", "progress", "host", "reason",
         # What profiles/default says, without a line about it: nothing is kept in a home folder.
         "--workflow-profile", "none",
@@ -297,9 +330,7 @@ def run(profile: str, cores: str, until: str, results: Path | None = None) -> in
     ]  # fmt: skip
     announce("SEMALIGN_RUN", os.getpid())
     todo = any(not (folder / "metrics" / f"{name}.json.{made}").exists() for name, made in digests(p).items())
-    at_once = (
-        forks.forking(classroom=p.data == "classroom", ahead=todo) if p.device == "cpu" else contextlib.nullcontext()
-    )
+    at_once = forks.forking(classroom=p.data == "classroom", ahead=todo) if on_cpu(p) else contextlib.nullcontext()
     with at_once:  # the imports of all jobs go on beside what is read and planned first
         if said := too_few(p):
             print(said, flush=True)
@@ -398,7 +429,11 @@ def main(argv: list[str] | None = None) -> int:
         elif given.verb == "keep":
             print(keep(given.profile, trials_alone=given.trials))
         elif given.verb == "check":
-            before_models(load_profile(given.profile), given.results.resolve(), elsewhere=given.elsewhere)
+            p = load_profile(given.profile)
+            before_models(p, given.results.resolve(), elsewhere=given.elsewhere)
+            if not given.elsewhere:
+                memory(p)
+                lengths(p)
         elif given.verb == "fetch":
             print("\n".join([*fetch(given.profile), "on the nodes set HF_HUB_OFFLINE=1 and HF_DATASETS_OFFLINE=1"]))
         elif given.verb == "address":

@@ -18,6 +18,7 @@ from traitlets.config import Config
 
 from semalign.pipeline import forks
 from semalign.planning.preflight import preflight
+from semalign.planning.stamps import BUT_FOR, stamp, stamped, unstamp
 from semalign.profiles import Profile, declared, load_profile
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -40,13 +41,15 @@ class Chapter:
     """The notebooks that a chapter reads from, where the profile has them, and its ``needs``, keys of ``NEEDS``.
 
     ``of_task``: it is about this one, and its trials can be jobs of their own. ``controls``: it reads those of the
-    untouched student and of labels alone, on every task.
+    untouched student and of labels alone, on every task. ``programs``: those that it compares others with, on every
+    task of programs.
     """
 
     reads: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     of_task: str = ""
     controls: bool = False
+    programs: bool = False
 
 
 ORDER: dict[str, Chapter] = {
@@ -60,7 +63,7 @@ ORDER: dict[str, Chapter] = {
     "06_gsm8k": Chapter(reads=("04b_gates",), needs=("gsm8k",), of_task="gsm8k"),
     "07_humaneval": Chapter(reads=("04b_gates",), needs=("humaneval",), of_task="humaneval"),
     "08_mbpp": Chapter(reads=("04b_gates",), needs=("mbpp",), of_task="mbpp"),
-    "09_fine_tuned_teachers": Chapter(needs=("programs",)),
+    "09_fine_tuned_teachers": Chapter(needs=("programs",), programs=True),
     "10_similarity": Chapter(),
     "11_ablations": Chapter(),
     "12_controls": Chapter(),
@@ -117,10 +120,15 @@ def trials_of(p: Profile, name: str) -> list[str]:
     None where the profile has no ``trial_jobs``: there the notebook runs them itself, one after another.
     """
     chapter, rows = ORDER[name], declared("methods")
-    if not p.trial_jobs or not (chapter.of_task or chapter.controls):
+    tasks, methods = [chapter.of_task], list(dict.fromkeys(["teacher", "none", *p.methods]))
+    if chapter.controls:
+        tasks, methods = p.tasks, ["none", "sft"]
+    elif chapter.programs:
+        tasks, methods = p.code_tasks, ["teacher", "none", "sft", "semalign"]
+    elif not chapter.of_task:
         return []
-    tasks = p.tasks if chapter.controls else [chapter.of_task]
-    methods = ["none", "sft"] if chapter.controls else dict.fromkeys(["teacher", "none", *p.methods])
+    if not p.trial_jobs:
+        return []
     seeds = {m: p.seeds if rows.get(m, {"seeded": False}).get("seeded", True) else p.seeds[:1] for m in methods}
     return [f"{task}/{method}-{seed}.json" for task in tasks for method, own in seeds.items() for seed in own]
 
@@ -185,22 +193,23 @@ def digests(p: Profile, last: str | None = None) -> dict[str, str]:
     return hashes
 
 
-def stamp(output: Path, value: str) -> None:
-    """Say beside a finished file, in the name of an empty one, what it was made from."""
-    for old in output.parent.glob(f"{output.name}.*"):
-        old.unlink()
-    output.with_name(f"{output.name}.{value}").touch()
-
-
 def adopt(results: Path, values: Mapping[str, str]) -> None:
     """Stamp the finished notebooks of a folder that was put together by hand, where their cells are those of today.
 
-    ``values`` are the digests of today, by notebook.
+    ``values`` are the digests of today, by notebook. What was made with values that differ from the profile's is none.
     """
     for name, value in values.items():
         output = results / "metrics" / f"{name}.json"
-        if output.exists() and not any(output.parent.glob(f"{output.name}.*")) and _same_cells(results, name):
+        if output.exists() and not stamped(output) and not _changed(output) and _same_cells(results, name):
             stamp(output, value)
+
+
+def _changed(metrics: Path) -> bool:
+    """Whether the values behind a notebook's metrics differed from its profile's, as they themselves say."""
+    try:
+        return BUT_FOR in json.loads(metrics.read_text(encoding="utf-8"))["provenance"]["profile"]
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def _same_cells(results: Path, name: str) -> bool:
@@ -261,6 +270,7 @@ def run_notebook(name: str, profile: str, results: Path, planned: str = "") -> P
     metrics = results / "metrics" / f"{name}.json"
     for folder in (target.parent, metrics.parent, results / "artefacts"):
         folder.mkdir(parents=True, exist_ok=True)
+    unstamp(metrics)
     metrics.unlink(missing_ok=True)
     made_from = digests(p, name).get(name, "")
     if planned and planned != made_from:

@@ -13,18 +13,19 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
-from semalign.planning.work import WORK, Work, beside_tables
+from semalign.planning.work import DECISIVE, WORK, Work, beside_tables
 from semalign.profiles import PACKAGE, Folder, Hub, Packaged, Pico, Profile, ProfileError, Random, Source, declared
 
 FILE = Path(__file__).with_name("configurations.yaml")
 CARDS = (40, 80)
-"""The memory of the cards that plans speak of, in GB."""
+"""The memory of the cards that plans speak of, in GB of 10^9 bytes; 40 GiB are 42.9 of these, which leaves a margin."""
 SPARE = 1.5e9  # bytes that CUDA, its kernels and the allocator's gaps take on a card
 HOST = 4e9  # bytes of Python, its libraries and the data
+LEAST = 30  # minutes that a job is given at least
 LOGITS = 3 * 4 * 2**24  # logits in memory at once, with their softmax and its gradient, float32
 RANK = 16
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -202,20 +203,28 @@ class Held:
     both: bool = False  # the student beside it then
     full: bool = False  # all layers may train whole, where the profile's search has it
     taught: bool = False  # the teacher is trained itself: adapters on all its layers, halved micro-batches
+    asks: bool = False  # the teacher and the untouched student answer beside the trials, one after the other
+    looks: tuple[str, ...] = ()  # models by themselves: the profile's of the first chapters, or a package's
+    copies: int = 0  # float32 matrices of the size of such a model's head in the host's memory
+    shares: Literal["", "task", "controls", "programs"] = ""  # which trials with others, see :func:`trials_shared`
 
 
+FIRST = "semantics_model"  # the name in `looks` of the model of the profile that the first chapters look at
 CHAPTERS: dict[str, Held] = {
+    "00_models_and_data": Held(teachers=1),
+    "01_semantics": Held(looks=(FIRST,), copies=10),
     "02_importance": Held(teachers=1, scores=True),
     "04_alignment": Held(("semalign", "sft_layer")),
-    "05_mmlu": Held(("*",)),
-    "06_gsm8k": Held(("*",)),
-    "07_humaneval": Held(("*",)),
-    "08_mbpp": Held(("*",)),
-    "04b_gates": Held(("none", "sft")),
-    "09_fine_tuned_teachers": Held(("none", "sft", "semalign")),
+    "05_mmlu": Held(("*",), asks=True, shares="task"),
+    "06_gsm8k": Held(("*",), shares="task"),
+    "07_humaneval": Held(("*",), asks=True, shares="task"),
+    "08_mbpp": Held(("*",), shares="task"),
+    "04b_gates": Held(("none", "sft"), shares="controls"),
+    "09_fine_tuned_teachers": Held(("none", "sft", "semalign"), shares="programs"),
     "10_similarity": Held(("semalign", "sft", "logit_kd"), read="validation", most=40),
     "11_ablations": Held(("semalign", "logit_kd"), read="extract", both=True),
     "12_controls": Held(("semalign", "sft", "logit_kd"), students=1, taught=True),
+    "12b_students": Held(("*", "none", *DECISIVE)),
     "13_rivals": Held(("seeking", "laten"), students=1),
     "13b_regimes": Held(("sft", "logit_kd", "warm_up")),
     "14_search": Held(("logit_kd", "semalign"), full=True),
@@ -224,8 +233,10 @@ CHAPTERS: dict[str, Held] = {
     "18_pairing_from_outputs": Held(("semalign",), read="train", most=40),
     "19_larger_gaps": Held(("sft", "logit_kd", "semalign"), full=True),
     "20_version_two": Held(("geometry_frontier", "fisher_frontier")),
+    "21_second_family": Held(looks=(FIRST, "gemma-3-270m"), copies=4, scores=True),
+    "22_two_vocabularies": Held(looks=("gemma-3-270m", "smollm2-135m-instruct"), copies=6),
 }
-"""The chapters that load models of the profile, and what they hold; the others read what these left."""
+"""The chapters that load models, and what they hold; the others read what these left, or load Pico at most."""
 
 
 @dataclass(frozen=True)
@@ -262,7 +273,10 @@ def method_steps(p: Profile, name: str) -> dict[str, float]:
 
 
 def method_memory(p: Profile, name: str) -> Need:
-    """The peak of one method of a profile, on the card by :func:`method_steps` and in the host's memory."""
+    """The peak of one method of a profile, on the card by :func:`method_steps` and in the host's memory.
+
+    Where more was counted on a card than the steps say, it is what was counted; :data:`SPARE` is on top of either.
+    """
     t, s, size, way = shape_of(p.teacher), shape_of(p.student), SIZES[p.dtype], WAYS[name]
     # The student waits there while the teacher comes in to judge.
     theirs, beside = t.parameters * size, s.parameters * size
@@ -270,6 +284,9 @@ def method_memory(p: Profile, name: str) -> Need:
         beside = max(beside, 4 * t.layers * t.width * (2 * t.mlp + (t.heads + t.groups) * t.head))
     host = theirs + beside + HOST
     steps = method_steps(p, name)
+    if name in (counted := measured(p)):
+        trains = max((step for step in steps if step != "answering"), key=lambda step: steps[step])
+        steps[trains] = max(steps[trains], 1e9 * counted[name])
     step = max(steps, key=lambda name: steps[name])
     return Need(steps[step] + SPARE, host, step)
 
@@ -279,7 +296,8 @@ def measured(p: Profile) -> dict[str, float]:
     counted = _file()["measured"]
     pair = [shape_of(Hub(source="hub", id=counted[name], revision="main")) for name in ("teacher", "student")]
     same = pair == [shape_of(p.teacher), shape_of(p.student)] and p.eval_batch_size == counted["eval_batch_size"]
-    return dict(counted["methods"]) if same and p.dtype == "bfloat16" else {}
+    same = same and p.dtype == "bfloat16" and longest(p) == _file()["longest"]
+    return dict(counted["methods"]) if same else {}
 
 
 def attribution(s: Shape, tokens: int, size: int) -> float:
@@ -306,14 +324,25 @@ def cache(s: Shape, rows: int, tokens: int, size: int) -> float:
 
 
 def chapter_memory(p: Profile, name: str) -> Need:
-    """The peak of a chapter: its largest method beside what it holds."""
+    """The peak of a chapter: its largest method beside what it holds.
+
+    Of a table's trials nothing where the profile has ``trial_jobs``: they are jobs of their own then.
+    """
     held, t, s, size = CHAPTERS[name], shape_of(p.teacher), shape_of(p.student), SIZES[p.dtype]
-    runs = p.methods if held.methods == ("*",) else [m for m in held.methods if m in WAYS]
+    here = held.methods
+    if p.trial_jobs and held.shares == "task":
+        here = ("none",) if held.asks else ()
+    runs = dict.fromkeys(m for named in here for m in (p.methods if named == "*" else [named]))
     needs = [method_memory(p, m) for m in runs] or [Need(SPARE, HOST, "reading")]
+    needs += [_looked_at(p, model, held) for model in held.looks if model == FIRST or _has_second_family(p)]
+    if held.asks:
+        most = longest(p) + (p.max_new_tokens or 512)
+        asked = t.parameters * size + cache(t, p.answered_at_once, most, size) + SPARE
+        needs.append(Need(asked, t.parameters * size + HOST, "teacher's answers"))
     largest = max(needs, key=lambda need: need.gpu)
     beside = held.teachers * t.parameters * size + held.students * s.parameters * size
     gpu, step = largest.gpu + beside * (not held.scores), largest.step
-    if held.scores:
+    if held.scores and held.teachers:
         gpu, step = max((gpu, step), (beside + attribution(t, longest(p), size) + SPARE, "attribution"))
     if held.read:
         examples = min(held.most, getattr(p.sizes, held.read))
@@ -327,6 +356,20 @@ def chapter_memory(p: Profile, name: str) -> Need:
         gpu, step = max((gpu, step), (_trained(t, halved), "the teacher in training"))
     loaded = t.parameters * size + HOST if held.teachers else 0.0  # a model comes to a card through the host's memory
     return Need(gpu, max(loaded, *(need.host for need in needs)), step)
+
+
+def _has_second_family(p: Profile) -> bool:
+    """Whether Gemma is looked at where it is installed: it is not in runs of random models."""
+    return not isinstance(p.semantics_model, Random)
+
+
+def _looked_at(p: Profile, model: str, held: Held) -> Need:
+    """The peak of a chapter that looks at one model by itself, and at its head in the host's memory."""
+    s = shape_of(p.semantics_model if model == FIRST else Hub(source="hub", id=PACKAGED[model], revision="main"))
+    size, most = SIZES[p.dtype], longest(p)
+    beside = attribution(s, most, size) if held.scores else most * s.vocabulary * (size + 4)
+    host = s.parameters * size + held.copies * 4 * s.vocabulary * s.width + HOST
+    return Need(s.parameters * size + beside + SPARE, host, "attribution" if held.scores else "reading")
 
 
 def _trained(s: Shape, p: Profile, *, full: bool = False) -> float:
@@ -526,24 +569,49 @@ def _told(hours: dict[str, float]) -> str:
     return f"{sum(hours.values()):.0f}: " + ", ".join(f"`{n}` {hours[n]:.1f}" for n in largest)
 
 
+def trials_shared(p: Profile, name: str) -> list[tuple[str, str, int]]:
+    """The trials that a chapter shares with others: task, method or ``teacher``, and under how many seeds.
+
+    With ``trial_jobs`` they are jobs of their own, as the pipeline says, and else made in the first chapter of them.
+    """
+    shares = CHAPTERS[name].shares if name in CHAPTERS else ""
+    tasks = {"": [], "task": [name.partition("_")[2]], "controls": p.tasks, "programs": p.code_tasks}[shares]
+    methods = {"controls": ["none", "sft"], "programs": ["teacher", "none", "sft", "semalign"]}.get(
+        shares, list(dict.fromkeys(["teacher", "none", *p.methods]))
+    )
+    rows = declared("methods")
+    seeds = {m: len(p.seeds) if m in rows and rows[m].get("seeded", True) else 1 for m in methods}
+    return [(task, m, seeds[m]) for task in tasks for m in methods]
+
+
+def _trial_seconds(p: Profile, task: str, method: str, card: str) -> float:
+    """Seconds of a method's trial, or of the teacher's, which only answers and is read."""
+    if method == "teacher":
+        return work_seconds(p, Work(task, 1, answers=True, teacher=True), card) + judged_seconds(p, task, card)
+    return method_seconds(p, method, task, card)
+
+
 def job_needs(p: Profile, name: str) -> dict[str, int]:
     """What a cluster is asked for a chapter or a ``trial``: ``mem_mb``, and ``runtime`` in minutes.
 
-    A quarter more memory and twice the time of the plan, and half an hour at least. Nothing
-    where a plan knows no configuration of a model.
+    A quarter more memory and twice the time of the plan, and half an hour at least: of a trial the longest, of a
+    chapter its own work, with the trials that it reads where the profile has no ``trial_jobs``. A chapter that loads no
+    model of the profile has the memory of Python, and that half an hour. Nothing where a plan knows no configuration of
+    a model.
     """
     try:
-        needs = [chapter_memory(p, name)] if name in CHAPTERS else [method_memory(p, m) for m in p.methods]
-        trials = [method_seconds(p, m, task, "A100") for m in p.methods for task in p.tasks]
-        beside = beside_tables(p, shape_of(p.student).layers, [name]).get(name, [])
-        seconds = sum(work_seconds(p, work, "A100") for work in beside)
+        if name == "trial":
+            host = max(method_memory(p, m).host for m in p.methods)
+            seconds = max(_trial_seconds(p, task, m, "A100") for m in ("teacher", *p.methods) for task in p.tasks)
+        else:
+            host = chapter_memory(p, name).host if name in CHAPTERS else HOST
+            beside = beside_tables(p, shape_of(p.student).layers, [name]).get(name, [])
+            seconds = sum(work_seconds(p, work, "A100") for work in beside)
+            if not p.trial_jobs:
+                seconds += sum(often * _trial_seconds(p, task, m, "A100") for task, m, often in trials_shared(p, name))
     except ProfileError:
         return {}
-    # A table's chapter runs all of its task's trials, where they are no jobs of their own.
-    of_table = name in CHAPTERS and "*" in CHAPTERS[name].methods
-    often = 1 if name == "trial" else len(p.methods) * len(p.seeds) if of_table else 0
-    minutes = math.ceil(2 * (often * max(trials) + seconds) / 60)
-    return {"mem_mb": int(1.25 * max(need.host for need in needs) / 1e6), "runtime": max(30, minutes)}
+    return {"mem_mb": int(1.25 * host / 1e6), "runtime": max(LEAST, math.ceil(2 * seconds / 60))}
 
 
 def _mends(p: Profile, found: Plan) -> list[str]:
@@ -598,11 +666,17 @@ def markdown(found: Plan) -> str:
         for name, card in _file()["cards"].items()
     ]
     machine = _file()["machine"]
+    larger = "the larger of what is planned and what was counted" if found.measured else "what is planned"
+    lines += [
+        "",
+        f"GB are 10^9 bytes. On the card stands {larger}, with {SPARE / 1e9:g} GB on top for CUDA itself, and it fits "
+        "where that is at most 40 or 80 GB. A card that is sold as one of 40 GB has 40 GiB, 42.9 GB, and so a margin.",
+    ]
     if found.measured:
         lines += [
             "",
             f"Counted: the peak of training on an {_file()['measured']['card']} with random weights, in GB as PyTorch "
-            f"counts them, to which CUDA itself adds about {SPARE / 1e9:g}; answers are not in it.",
+            "counts them; answers are not in it.",
         ]
     lines += [
         "",

@@ -14,8 +14,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from semalign.planning.plan import configurations, downloads, kept_bytes
-from semalign.profiles import Hub, Profile, ProfileError
+from semalign.planning.plan import configurations, downloads, kept_bytes, plan, shape_of
+from semalign.profiles import Folder, Hub, Profile, ProfileError
 
 GPU = "SEMALIGN_GPU"
 """Set to 1 in the jobs of a cluster that were given a GPU."""
@@ -25,16 +25,18 @@ FEWEST = {"validation": 2, "test": 4}
 """Examples of a split without which a chapter has no interval: two, and of the test's two of each kind of question."""
 
 
-def preflight(p: Profile, results: Path | None = None) -> None:
+def preflight(p: Profile, results: Path | None = None, *, trains: bool = True) -> None:
     """Refuse what a profile alone, the hub's cache and the disks show to be impossible; loads no model library.
 
     Args:
         p: the profile that is about to run.
         results: where its results go; None asks nothing of that disk.
+        trains: it is this machine that trains, and needs room for a trial's own files.
 
     Raises:
-        ProfileError: too few examples, programs that are not allowed to run or cannot be, a gated model without a
-            token, or a disk that is too small; one sentence that names the setting or the place, and what mends it.
+        ProfileError: too few examples, a folder without a model, a layer that there is not, programs that are not
+            allowed to run or cannot be, a gated model without a token, or a disk that is too small; one sentence that
+            names the setting or the place, and what mends it.
     """
     for split, fewest in FEWEST.items():
         if (size := getattr(p.sizes, split)) is not None and size < fewest:
@@ -52,8 +54,20 @@ def preflight(p: Profile, results: Path | None = None) -> None:
             f"profile {p.name} has {' and '.join(p.code_tasks)}, and programs that a model wrote run on Linux alone: "
             "use Linux or WSL, or take the tasks out"
         )
+    for model in p.models:
+        if isinstance(model, Folder) and not (Path(model.path) / "config.json").is_file():
+            raise ProfileError(
+                f"profile {p.name} names the folder {model.path}, which has no config.json: give one that "
+                "save_pretrained wrote"
+            )
+    try:
+        depth = shape_of(p.teacher).layers
+    except ProfileError:  # a model of the hub that plans do not know
+        depth = p.layer or 0
+    if p.layer is not None and p.layer > depth:
+        raise ProfileError(f"profile {p.name}: layer {p.layer} is not one of the teacher's: give 1 to {depth}")
     tokens(p)
-    disks(p, results)
+    disks(p, results, trains=trains)
 
 
 def before_models(p: Profile, results: Path | None = None, *, elsewhere: bool = False) -> None:
@@ -67,7 +81,7 @@ def before_models(p: Profile, results: Path | None = None, *, elsewhere: bool = 
         SandboxError: less isolation than the profile's programs need.
         DataError: a benchmark's file is absent or malformed.
     """
-    preflight(p, results)
+    preflight(p, results, trains=not elsewhere)
     if not elsewhere:
         _device(p)
         if p.code_tasks and p.isolation != "rlimits":
@@ -94,6 +108,14 @@ def nvidia_devices() -> list[str]:
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
         return []
     return sorted(str(path) for path in Path("/dev").glob("nvidia[0-9]*"))
+
+
+def on_cpu(p: Profile) -> bool:
+    """Whether a run here computes on the processor: the profile says so, or leaves it open and there is no GPU.
+
+    Loads no model library: a driver's devices stand for its GPUs, AMD's among them.
+    """
+    return p.device == "cpu" or (p.device == "auto" and not nvidia_devices() and not Path("/dev/kfd").exists())
 
 
 def _device(p: Profile) -> None:
@@ -126,6 +148,30 @@ def _device(p: Profile) -> None:
             "CUDA_VISIBLE_DEVICES hides none, or set device: cpu"
         )
     raise ProfileError(f"{asked}, and {why}: {remedy}")
+
+
+def memory(p: Profile) -> None:
+    """Refuse a whole run on a GPU that the plan finds too small for one of its methods or chapters.
+
+    Raises:
+        ProfileError: names the first that does not fit, what it takes, and the way out.
+    """
+    import torch
+
+    if p.device == "cpu" or not torch.cuda.is_available():
+        return
+    try:
+        found = plan(p)
+    except ProfileError:  # a model that plans do not know
+        return
+    has = torch.cuda.get_device_properties(int(p.device.partition(":")[2] or 0)).total_memory
+    for name, need in {**found.methods, **found.chapters}.items():
+        if need.gpu > has:
+            raise ProfileError(
+                f"profile {p.name}: {name} takes {need.gpu / 1e9:.0f} GB of a GPU by its plan, and this one has "
+                f"{has / 1e9:.0f}: do what make plan PROFILE={p.name} says of it, or run the notebooks that fit by "
+                "themselves"
+            )
 
 
 def _data(p: Profile) -> None:
@@ -175,8 +221,10 @@ def in_cache(model: Hub) -> bool:
     return any(isinstance(try_to_load_from_cache(model.id, name, revision=model.revision), str) for name in names)
 
 
-def disks(p: Profile, results: Path | None) -> None:
+def disks(p: Profile, results: Path | None, *, trains: bool = True) -> None:
     """Refuse disks without room for models that are still to be had, for the results, and for one trial's own files.
+
+    The last where it is this machine that ``trains``.
 
     Raises:
         ProfileError: names the disk, what it is to hold, and the setting that names another.
@@ -192,7 +240,7 @@ def disks(p: Profile, results: Path | None) -> None:
     kept, scratch = kept_bytes(p)
     if kept and results is not None:
         wanted[results] = kept, ["for results (RESULTS)"]
-    if scratch:
+    if scratch and trains:
         wanted[Path(tempfile.gettempdir())] = scratch, ["for the files of a trial while it trains (TMPDIR)"]
     by_disk: dict[int, tuple[int, list[str], Path]] = {}
     for path, (size, why) in wanted.items():

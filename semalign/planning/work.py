@@ -16,8 +16,8 @@ from semalign.profiles import Profile
 class Work:
     """So many trainings on one task, each on ``examples`` that are read ``reads`` times in all, in an epoch once each.
 
-    ``answers``: afterwards the questions of the test are answered. ``teacher``: the model is a teacher; without a
-    training it only answers.
+    ``answers``: afterwards the questions of the test are answered. ``teacher``: the model is a teacher.
+    Without examples nothing trains, and the model only answers.
     """
 
     task: str
@@ -61,6 +61,17 @@ def _fine_tuned(p: Profile, depth: int) -> list[Work]:
     fine, reads = len(p.fine_tuned_teachers), p.epochs * p.sizes.train
     students = [Work(t, fine * len(p.seeds), p.sizes.train, reads, answers=True) for t in p.code_tasks]
     return [*students, *(Work(t, fine, answers=True, teacher=True) for t in p.code_tasks)]
+
+
+def _ways_of_asking(p: Profile, depth: int) -> list[Work]:
+    # The classroom's questions are asked in two ways; neither teacher nor student trains.
+    ways = 2 if p.data == "classroom" else 1
+    return [Work("mmlu", ways, answers=True, teacher=who) for who in (True, False) if "mmlu" in p.tasks]
+
+
+def _reach(p: Profile, depth: int) -> list[Work]:
+    # Ten answers to each of twenty questions, which are about as many as the test has.
+    return [Work("humaneval", 1, answers=True, teacher=who) for who in (True, False) if "humaneval" in p.tasks]
 
 
 def _similarity(p: Profile, depth: int) -> list[Work]:
@@ -158,6 +169,8 @@ def _version_two(p: Profile, depth: int) -> list[Work]:
 WORK: dict[str, Callable[[Profile, int], list[Work]]] = {
     "04_alignment": _alignment,
     "04b_gates": _gates,
+    "05_mmlu": _ways_of_asking,
+    "07_humaneval": _reach,
     "09_fine_tuned_teachers": _fine_tuned,
     "10_similarity": _similarity,
     "11_ablations": _ablations,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -31,8 +32,10 @@ from semalign.lm.files import read_json  # noqa: E402
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 PLUGINS = ("snakemake-executor-plugin-slurm==2.8.0", "snakemake-executor-plugin-slurm-jobstep==0.6.1")
-SPENT = ("cost", "wall_s", "seconds", "peak", "_s", "minutes", "hours", "GiB", "memory")
-"""What a run spends differs from run to run: keys with one of these in them are not compared."""
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "sinfo", "scontrol", "scancel", "srun")
+"""What is called of these packages: by this file, by the plugins, and in the jobs."""
+SPENT = frozenset(("cost", "seconds", "minutes", "hours", "memory"))
+"""What a run spends differs from run to run: keys that have one of these as a word, or end in ``_s``, are left out."""
 CONFIGURED = Path("/etc/slurm/slurm.conf")
 """Where commands look by themselves: the plugin takes SLURM_CONF, with all that SLURM sets, from what its jobs call."""
 CONF = """\
@@ -75,7 +78,7 @@ def why_not() -> str:
         return (
             f"the SLURM test is skipped: {CONFIGURED} is there already, and this machine's cluster is not to be touched"
         )
-    if shutil.which("sbatch") and shutil.which("munged"):
+    if not absent():
         return ""
     quiet = {
         "stdout": subprocess.DEVNULL,
@@ -86,7 +89,14 @@ def why_not() -> str:
     install = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *PACKAGES]
     if subprocess.run(install, **quiet).returncode:  # type: ignore[call-overload]
         return f"the SLURM test is skipped: apt-get cannot install {', '.join(PACKAGES)} here"
+    if missing := absent():
+        return f"the SLURM test is skipped: after installing its packages PATH has no {' and no '.join(missing)}"
     return ""
+
+
+def absent() -> list[str]:
+    """The programs that are needed and not found: of a half-made installation some are there."""
+    return [name for name in PROGRAMS if not shutil.which(name)]
 
 
 @contextlib.contextmanager
@@ -118,7 +128,7 @@ def cluster(folder: Path, cpus: int) -> Iterator[dict[str, str]]:
         for command in (munged, ["slurmctld", "-D"], [*apart, "slurmd", "-D", "-N", host]):
             daemons.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
             time.sleep(1)
-        until(lambda: "idle" in asked("sinfo -h -o %T", environment), 60, "the node does not become idle", folder)
+        until(lambda: idle(environment), 60, "the node does not become idle", folder)
         yield environment
     finally:
         for daemon in reversed(daemons):
@@ -131,8 +141,22 @@ def cluster(folder: Path, cpus: int) -> Iterator[dict[str, str]]:
 
 
 def asked(words: str, environment: dict[str, str]) -> str:
-    """What a command of the cluster prints."""
-    return subprocess.run(words.split(), env=environment, text=True, capture_output=True).stdout.strip()
+    """What a command of the cluster prints.
+
+    Raises:
+        RuntimeError: it failed, so that what it did not print means nothing; the message has what it complained of.
+    """
+    done = subprocess.run(words.split(), env=environment, text=True, capture_output=True)
+    if done.returncode:
+        raise RuntimeError(f"{words!r} ended with status {done.returncode}: {done.stderr.strip()}")
+    return done.stdout.strip()
+
+
+def idle(environment: dict[str, str]) -> bool:
+    """Whether the node waits for jobs; not while its controller starts, which nobody can ask yet."""
+    with contextlib.suppress(RuntimeError):
+        return "idle" in asked("sinfo -h -o %T", environment)
+    return False
 
 
 def until(what: Any, seconds: float, otherwise: str, folder: Path) -> None:
@@ -166,10 +190,15 @@ def said_by_jobs(results: Path) -> str:
     return "\n".join(f"-- {p}\n{told(p.read_text())}" for p in sorted((results / "slurm").rglob("*.log")))
 
 
+def spent(key: str) -> bool:
+    """Whether a key of json holds what a run spends, by its words: ``by_subject`` or ``peak_layer`` do not."""
+    return key.endswith("_s") or not SPENT.isdisjoint(re.split(r"[^A-Za-z]+", key))
+
+
 def same(one: Any, two: Any, where: str = "") -> list[str]:
     """Where two values from json differ, what was spent left aside."""
     if isinstance(one, dict) and isinstance(two, dict):
-        keys = [k for k in {*one, *two} if not any(word in k for word in SPENT)]
+        keys = [k for k in {*one, *two} if not spent(k)]
         return [d for k in sorted(keys) for d in same(one.get(k), two.get(k), f"{where}.{k}")]
     if isinstance(one, list) and isinstance(two, list) and len(one) == len(two):
         return [d for i, (a, b) in enumerate(zip(one, two, strict=True)) for d in same(a, b, f"{where}[{i}]")]

@@ -111,7 +111,7 @@ def test_scores_equal_brute_force_whatever_the_chunk() -> None:
 
     def log_q(state: Tensor) -> float:
         z = model.lm_head.weight.double() @ (model.model.norm.weight * state / trace.scale).double()
-        return float(z.log_softmax(0)[TARGET])
+        return z.log_softmax(0)[TARGET].item()
 
     for k, part in enumerate(projections(model)):
         x, r, y = trace.stream[k], trace.residual[k], trace.stream[k + 1]
@@ -330,13 +330,13 @@ def test_the_released_start_underflows_in_float16_and_ours_does_not() -> None:
     vectors = {"up_proj": 0.02 * torch.randn(1, 8, 5120)}
     net = HyperNet(["up_proj"], 5120, 64, std=default_init_std(5120, released=True), seed=0)
     out = net(vectors)["up_proj"]
-    assert 6e-9 < float(out.std()) < 9e-9
+    assert 6e-9 < out.std().item() < 9e-9
     net.half_output = True
     assert (net(vectors)["up_proj"] == 0).float().mean() > 0.999
     with torch.no_grad():
         for weight in net.parameters():
             weight *= default_init_std(5120) / 1e-5
-    assert float(net(vectors)["up_proj"].float().std()) == pytest.approx(0.01 * 0.02, rel=0.25)
+    assert net(vectors)["up_proj"].float().std().item() == pytest.approx(0.01 * 0.02, rel=0.25)
 
 
 def test_the_penalty_in_float16_has_no_gradient() -> None:

@@ -161,7 +161,7 @@ def test_sft_is_what_peft_does_on_the_whole_model() -> None:
         batch = collate([encoded[i] for i in some], 0)
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
-        reference.append(float(loss))
+        reference.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
         optimizer.param_groups[0]["lr"] = loop.scheduled_rate(config, step, len(plan))

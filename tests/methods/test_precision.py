@@ -160,7 +160,7 @@ def test_a_divergence_in_16_bits_is_not_that_of_a_rounded_head() -> None:
     logp = [
         [m(e.input_ids[None]).logits[0].float().log_softmax(-1)[supervised(e.labels)] for m in halves] for e in encoded
     ]
-    rough = float(torch.stack([(a.exp() * (a - b)).sum(-1).mean() for a, b in logp]).mean())
+    rough = torch.stack([(a.exp() * (a - b)).sum(-1).mean() for a, b in logp]).mean().item()
     assert read == pytest.approx(exact, rel=0.05)
     assert abs(read - exact) < abs(rough - exact) / 2
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
+import yaml
 from jupyter_client.manager import AsyncKernelManager
 from working_copy import command, copy_to
 
@@ -107,10 +108,49 @@ def test_a_folder_without_digests_is_judged_by_its_cells(tmp_path: Path) -> None
     p = load_profile("smoke")
     finished(tmp_path, p, stamped=False)
     executed = tmp_path / "notebooks/03_pairing.ipynb"
-    executed.write_text(executed.read_text().replace("json.loads(", "json.loads(  ", 1))
+    executed.write_text(executed.read_text().replace("report.load_artefact(", "report.load_artefact(  ", 1))
     (tmp_path / "notebooks/02_importance.ipynb").write_text("no notebook")
     notebooks.adopt(tmp_path, notebooks.digests(p))
     assert stale(p, tmp_path) == {"02_importance", "03_pairing"}
+
+
+def test_what_was_run_by_hand_does_not_count_as_a_runs(tmp_path: Path) -> None:
+    p = load_profile("smoke")
+    finished(tmp_path, p, stamped=True)
+    by_hand = tmp_path / "metrics/03_pairing.json"
+    for profile, runs_again in (("smoke, but for seeds=[1]", True), ("smoke", False)):
+        save_metrics(by_hand, {"pair": [1, 2]}, seeds=[1], profile=profile)
+        assert stale(p, tmp_path) == {"03_pairing"}
+        notebooks.adopt(tmp_path, notebooks.digests(p))
+        assert stale(p, tmp_path) == ({"03_pairing"} if runs_again else set())
+
+
+def test_a_notebook_that_fails_does_not_count_as_finished(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics/03_pairing.json"
+    save_metrics(metrics, {}, seeds=[0], profile="smoke")
+    notebooks.stamp(metrics, "0123456789abcdef")
+    with pytest.raises(notebooks.NotebookFailed, match="run the notebook 02_importance with these results first"):
+        notebooks.run_notebook("03_pairing", "smoke", tmp_path)
+    assert list(metrics.parent.iterdir()) == []
+
+
+def test_a_trial_that_still_holds_is_not_made_again_where_its_job_runs_again(tmp_path: Path) -> None:
+    """The run's digest covers all code, a trial's own key what decides it: Snakemake is to delete no trial before."""
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(yaml.safe_dump({**yaml.safe_load((FOLDER / "smoke.yaml").read_text()), "trial_jobs": True}))
+    p, results = load_profile(str(mine)), tmp_path / "results"
+    of_trial = results / "artefacts/trials/mmlu/none-0.json"
+    trials.run_trial(p, "mmlu", "none", 0, results / "artefacts/trials", others=p.others)
+    notebooks.stamp(of_trial, "0123456789abcdef")
+    before = of_trial.stat().st_ino, of_trial.read_bytes()
+    target = f"{of_trial}.{notebooks.run_digest(p)}"
+    words = [target, "--cores", "1", "--nolock", "--config", f"profile={mine}", f"results={results}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "snakemake", *words], cwd=ROOT, text=True, capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert Path(target).exists() and (of_trial.stat().st_ino, of_trial.read_bytes()) == before
 
 
 def test_snakemake_reruns_the_stale_and_nothing_else(copy: Path) -> None:
@@ -129,7 +169,7 @@ def test_snakemake_reruns_the_stale_and_nothing_else(copy: Path) -> None:
     assert "Nothing to be done" in (said := planned()), said[-3000:]
     path = copy / "notebooks/03_pairing.ipynb"
     before = path.read_text()
-    path.write_text(before.replace("json.loads(", "json.loads(  ", 1))
+    path.write_text(before.replace("report.load_artefact(", "report.load_artefact(  ", 1))
     said = planned()
     path.write_text(before)
     assert "rule notebook_03_pairing:" in said and "rule notebook_02_importance:" not in said
@@ -285,6 +325,9 @@ def test_a_profile_runs_the_chapters_whose_needs_it_meets_and_a_job_for_each_tri
     jobs = ["gsm8k/none-0.json", "gsm8k/sft-0.json", "gsm8k/sft-3.json", "gsm8k/teacher-0.json"]
     assert sorted(notebooks.trials_of(p, "06_gsm8k")) == jobs
     assert notebooks.trials_of(p, "04_alignment") == []
+    programs = p.changed(tasks=["gsm8k", "mbpp"], methods=["none"])
+    compared = ["none-0", "semalign-0", "semalign-3", "sft-0", "sft-3", "teacher-0"]
+    assert sorted(notebooks.trials_of(programs, "09_fine_tuned_teachers")) == [f"mbpp/{m}.json" for m in compared]
     reads = notebooks.chapters_of(p)["15_paper_against_ours"].reads
     assert "06_gsm8k" in reads and not {"05_mmlu", "07_humaneval"} & set(reads)
     assert notebooks.trials_of(p.changed(trial_jobs=False), "06_gsm8k") == []

@@ -21,7 +21,7 @@ def reachable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmarks, "load_items", lambda task: [{}, {}])
     one = (Example("q", "a"),)
     monkeypatch.setattr(benchmarks, "task_data", lambda task: TaskData(task, one))
-    monkeypatch.setattr(cli, "disks", lambda p, results: None)
+    monkeypatch.setattr(cli, "disks", lambda p, results, trains: None)
 
 
 def test_every_model_and_every_task_is_fetched_once(capsys: pytest.CaptureFixture[str]) -> None:

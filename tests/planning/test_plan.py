@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import pkgutil
 import re
 import subprocess
 import sys
 from collections.abc import Callable
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
+import nbformat
 import pytest
 import torch
 from tiny import FAMILIES, tiny_llama
@@ -15,8 +20,9 @@ from transformers import PreTrainedModel
 
 from semalign.lm.examples import mask_of
 from semalign.methods import REGISTRY
+from semalign.models import load_model, load_pair
 from semalign.pipeline import book
-from semalign.pipeline.notebooks import ORDER, chapters_of
+from semalign.pipeline.notebooks import NOTEBOOKS, ORDER, chapters_of, trials_of
 from semalign.planning import plan as planning
 from semalign.profiles import FOLDER, Hub, ProfileError, load_profile
 from semalign.training.config import TransferConfig
@@ -123,6 +129,7 @@ def test_every_profile_of_the_hub_has_a_page_of_its_needs(name: str) -> None:
     assert set(found.methods) == set(p.methods) and found.downloads > 0 and found.scratch > 0
     rows = [line for line in page.splitlines() if line.startswith("| method") or line.startswith("| chapter")]
     assert len(rows) == len(found.methods) + len(found.chapters)
+    assert "GB are 10^9 bytes" in page
     for line in rows:
         gpu = float(line.split("|")[2])
         fits = [cell.strip() == "fits" for cell in line.split("|")[5:7]]
@@ -184,11 +191,17 @@ def test_the_plan_of_memory_is_what_a_card_counted() -> None:
         assert 2 * of.parameters + planning.cache(
             of, writes["answer_batch_size"], writes["tokens"], 2
         ) == pytest.approx(1e9 * writes[name], rel=0.1)
+    for name, gigabytes in found.items():  # more than the plan where more was counted, with what CUDA takes on top
+        planned = max(planning.method_steps(p, name).values())
+        assert planning.method_memory(p, name).gpu == max(planned, 1e9 * gigabytes) + planning.SPARE
     page = planning.markdown(planning.plan(p, ["04_alignment"]))
+    assert re.search(r"method `ted` \| 41.4 .* \*\*no\*\* \| fits \| 39.9 \|\n", page)
+    assert "the larger of what is planned and what was counted, with 1.5 GB on top" in page
     assert "| 80 GB | counted |" in page and re.search(r"method `sft` .* fits \| 46.7 \|\n", page)
     for other in (
         p.changed(eval_batch_size=4),
         p.changed(dtype="float32"),
+        p.changed(max_length=512),
         load_profile("olmo2"),
         load_profile("smoke"),
     ):
@@ -217,11 +230,75 @@ def test_chapters_are_planned_with_what_they_hold_beside_a_method() -> None:
         assert planning.method_steps(p, name)["teacher's pass"] > t
 
 
-def test_every_method_and_every_chapter_that_loads_models_is_planned() -> None:
+def named_in(code: CodeType) -> set[str]:
+    """All names that a function uses, those of the functions inside it too."""
+    inner = [one for one in code.co_consts if isinstance(one, CodeType)]
+    return set(code.co_names).union(*(named_in(one) for one in inner))
+
+
+def reached(names: set[str], known: dict[str, Any], seen: dict[int, Any]) -> None:
+    """Add to ``seen``, by identity, the functions of ours that code with these names may call, and all that they may.
+
+    ``known`` is what its names mean. What is an attribute of a module of ours that it names or imports counts as well,
+    and of a class of ours every method.
+    """
+    found = [known[name] for name in names if name in known]
+    for module in [importlib.import_module(name) for name in names if name.partition(".")[0] == "semalign"]:
+        inside = {one.name for one in pkgutil.iter_modules(getattr(module, "__path__", []))}
+        found += [module, *(importlib.import_module(f"{module.__name__}.{name}") for name in inside & names)]
+    for one in found:  # grows as it goes on
+        if isinstance(one, ModuleType) and one.__name__.startswith("semalign"):
+            found += [getattr(one, name) for name in names if hasattr(one, name)]
+    for one in found:
+        of_ours = inspect.isclass(one) and one.__module__.startswith("semalign")
+        for function in [one, *vars(one).values()] if of_ours else [one]:
+            function = inspect.unwrap(function) if callable(function) else function
+            ours = isinstance(function, FunctionType) and function.__module__.startswith("semalign")
+            if ours and id(function) not in seen:
+                seen[id(function)] = function
+                reached(named_in(function.__code__), function.__globals__, seen)
+
+
+def loads_models(name: str) -> bool:
+    """Whether the code of a chapter, or what it calls, opens models other than Pico."""
+    cells = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4).cells
+    source = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+    seen: dict[int, Any] = {}
+    code = compile(source, name, "exec")
+    own = {one.co_name for one in code.co_consts if isinstance(one, CodeType)}  # functions that it defines itself
+    reached(named_in(code) - own, {}, seen)
+    return bool({load_model, load_pair} & set(seen.values()))
+
+
+def test_every_method_is_planned() -> None:
     assert set(planning.WAYS) == set(REGISTRY)
-    assert set(planning.CHAPTERS) <= set(ORDER)
     for held in planning.CHAPTERS.values():
         assert set(held.methods) <= {"*", *REGISTRY}
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_the_chapters_that_load_models_are_those_that_are_planned(name: str) -> None:
+    assert loads_models(name) == (name in planning.CHAPTERS)
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_the_trials_that_a_chapter_shares_are_those_that_are_jobs(name: str) -> None:
+    p = load_profile("llama2")
+    assert p.trial_jobs and p.code_tasks
+    said = {f"{task}/{m}-{s}.json" for task, m, n in planning.trials_shared(p, name) for s in p.seeds[:n]}
+    assert said == set(trials_of(p, name))
+
+
+def test_models_of_a_package_are_planned_where_they_are_looked_at() -> None:
+    p = load_profile("llama2")
+    first, second = (planning.chapter_memory(p, name) for name in ("01_semantics", "21_second_family"))
+    student = planning.shape_of(p.student)
+    assert first.gpu > 2 * student.parameters and first.host > 2 * student.parameters + planning.HOST
+    assert second.gpu > first.gpu  # its layers are attributed
+    two = planning.chapter_memory(p, "22_two_vocabularies")
+    assert planning.HOST < two.host < first.host and two.gpu < 5e9  # no model of the profile
+    smoke = planning.chapter_memory(load_profile("smoke"), "22_two_vocabularies")
+    assert smoke.host == planning.HOST  # runs of random models leave Gemma out
 
 
 def test_a_model_that_no_plan_knows_is_one_sentence() -> None:

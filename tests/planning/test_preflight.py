@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -79,6 +82,12 @@ def beside_a_gpu(m: pytest.MonkeyPatch) -> None:
     ("changes", "prepare", "said"),
     [
         ({"sizes": {"test": 3}}, None, ["3 in test", "sizes: test", "4 or more"]),
+        (
+            {"teacher": {"source": "folder", "path": "/nowhere"}},
+            None,
+            ["/nowhere", "no config.json", "save_pretrained"],
+        ),
+        ({"layer": 41}, None, ["layer 41", "give 1 to 40"]),
         ({"sizes": {"validation": 1}}, None, ["1 in validation", "sizes: validation", "2 or more"]),
         ({"allow_code_execution": False}, None, ["humaneval and mbpp", "allow_code_execution: true"]),
         ({}, no_token, ["meta-llama/Llama-2-13b-chat-hf", "gated", "HF_TOKEN"]),
@@ -113,6 +122,45 @@ def test_a_card_that_is_not_there_is_refused_by_its_number(hub: Profile, monkeyp
     before.before_models(hub.changed(device="cuda:0"))
     with pytest.raises(ProfileError, match="torch sees 1 of them"):
         before.before_models(hub.changed(device="cuda:1"))
+
+
+def test_who_trains_nothing_needs_no_room_for_it(hub: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(before, "in_cache", lambda model: True)
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: "/dev/shm")
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda at: Usage(10**15, 0, 0 if Path(at) == Path("/dev/shm") else 10**15)
+    )
+    with pytest.raises(ProfileError, match="TMPDIR"):
+        before.before_models(hub, tmp_path)
+    before.before_models(hub, tmp_path, elsewhere=True)
+    before.disks(hub, None, trains=False)
+
+
+def test_a_profile_that_leaves_the_device_open_is_of_the_processor_where_there_is_no_gpu(
+    hub: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert hub.device == "auto" and before.on_cpu(hub) and not before.on_cpu(hub.changed(device="cuda"))
+    beside_a_gpu(monkeypatch)
+    assert not before.on_cpu(hub) and before.on_cpu(hub.changed(device="cpu"))
+
+
+def test_a_gpu_too_small_for_a_part_of_a_run_is_refused_before_it(
+    hub: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before.memory(hub)  # no GPU is here
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for gigabytes, fits in ((80, True), (40, False)):
+        card = SimpleNamespace(total_memory=gigabytes * 10**9)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number, card=card: card)
+        with contextlib.nullcontext() if fits else pytest.raises(ProfileError, match="this one has 40: do what"):
+            before.memory(hub)
+
+
+def test_prompts_that_leave_no_room_are_refused_without_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    p = load_profile("smoke")
+    cli.lengths(p)
+    with pytest.raises(ProfileError, match=r"profile smoke: in train of gsm8k, 4 of 4 examples.*: raise max_length"):
+        cli.lengths(p.changed(max_length=8))
 
 
 def test_a_cluster_leaves_device_and_sandbox_to_its_jobs(hub: Profile, monkeypatch: pytest.MonkeyPatch) -> None:
