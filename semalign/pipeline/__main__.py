@@ -330,7 +330,11 @@ def run(profile: str, cores: str, until: str, results: Path | None = None) -> in
     ]  # fmt: skip
     announce("SEMALIGN_RUN", os.getpid())
     todo = any(not (folder / "metrics" / f"{name}.json.{made}").exists() for name, made in digests(p).items())
-    at_once = forks.forking(classroom=p.data == "classroom", ahead=todo) if on_cpu(p) else contextlib.nullcontext()
+    at_once = (
+        forks.forking(classroom=p.tasks if p.data == "classroom" else (), ahead=todo)
+        if on_cpu(p)
+        else contextlib.nullcontext()
+    )
     with at_once:  # the imports of all jobs go on beside what is read and planned first
         if said := too_few(p):
             print(said, flush=True)
@@ -349,6 +353,17 @@ def take_kept(p: Profile, folder: Path) -> None:
 
         if taken := unpack_trials(archive, folder / "artefacts"):
             print(f"{taken} trials are taken from {archive.relative_to(ROOT)}", flush=True)
+
+
+def seed_of(text: str) -> int:
+    """A seed as it is given on the command line.
+
+    Raises:
+        ArgumentTypeError: it is none.
+    """
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no seed: give 0 or a whole number above it")
+    return int(text)
 
 
 def cores_of(text: str) -> str:
@@ -385,7 +400,7 @@ def main(argv: list[str] | None = None) -> int:
     trial.add_argument("profile")
     trial.add_argument("task")
     trial.add_argument("method")
-    trial.add_argument("seed", type=int)
+    trial.add_argument("seed", type=seed_of)
     trial.add_argument("--results", type=Path, required=True)
     before = verbs.add_parser("check", help="check what a run needs before its first model loads")
     before.add_argument("profile")

@@ -23,7 +23,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -103,11 +103,12 @@ def _received(line: socket.socket, size: int) -> bytes:
 
 
 @contextmanager
-def forking(*, classroom: bool = False, ahead: bool = False) -> Iterator[None]:
+def forking(*, classroom: Sequence[str] = (), ahead: bool = False) -> Iterator[None]:
     """While this is open, what is called by :func:`command` is a fork of one process, which ends with it.
 
-    On Linux: other systems' libraries do not survive a fork. With ``classroom`` the classroom's questions, the same for
-    all, are made once as well. The imports wait until somebody asks; ``ahead`` of that where somebody is sure to.
+    On Linux: other systems' libraries do not survive a fork. The questions of the classroom's subjects ``classroom``,
+    the same for all, are made once as well. The imports wait until somebody asks; ``ahead`` of that where somebody is
+    sure to.
     """
     with tempfile.TemporaryDirectory() as folder:
         address = os.path.join(folder, "forks")
@@ -116,7 +117,7 @@ def forking(*, classroom: bool = False, ahead: bool = False) -> Iterator[None]:
             return
         of_one_thread = {"OMP_NUM_THREADS": "1", ADDRESS: address}  # threads that imports start would be lost in a fork
         origin = subprocess.Popen(
-            [sys.executable, "-c", f"from {__name__} import main; main({classroom}, {ahead})"],
+            [sys.executable, "-c", f"from {__name__} import main; main({list(classroom)}, {ahead})"],
             env={**os.environ, **of_one_thread}, stdin=subprocess.DEVNULL,
         )  # fmt: skip
         os.environ[ADDRESS] = address
@@ -296,7 +297,7 @@ def run_module(words: list[str]) -> NoReturn:
     os._exit(status)
 
 
-def main(classroom: bool, ahead: bool) -> None:
+def main(classroom: Sequence[str], ahead: bool) -> None:
     """Once somebody asks, or ``ahead``, make what chapters, trials and kernels would all make anew, and then fork."""
     origin = Origin(os.environ[ADDRESS])
     if ahead or origin.asked_for():  # otherwise the run has nothing to do
@@ -304,8 +305,8 @@ def main(classroom: bool, ahead: bool) -> None:
         origin.serve()
 
 
-def prepare(classroom: bool) -> None:
-    """The imports, and what else is the same for all forks; ``classroom``: its questions too."""
+def prepare(classroom: Sequence[str]) -> None:
+    """The imports, and what else is the same for all forks: the questions of subjects of the ``classroom`` too."""
     import gc
     import warnings
 
@@ -326,7 +327,7 @@ def prepare(classroom: bool) -> None:
     if classroom:
         from semalign.classroom import corpora
 
-        for subject in corpora.SUBJECTS:
+        for subject in sorted({*classroom} & {*corpora.SUBJECTS}):
             for split in corpora.SIZES:
                 corpora.items(subject, split)
     gc.freeze()  # what forks share stays shared: a collection would write into every page of it

@@ -254,7 +254,7 @@ def test_a_signal_to_a_fork_that_has_just_begun_is_not_lost(folder: Path) -> Non
         "    if not (number := fork()): os.kill(os.getpid(), signal.SIGTERM)",
         "    return number",
         "os.fork, forks.prepare = struck, lambda classroom: None",
-        "forks.main(False, False)",
+        "forks.main((), False)",
     ]
     given = {**os.environ, forks.ADDRESS: str(folder / "forks")}
     own = subprocess.Popen([sys.executable, "-c", "\n".join(lines)], env=given)

@@ -134,23 +134,17 @@ def test_a_notebook_that_fails_does_not_count_as_finished(tmp_path: Path) -> Non
     assert list(metrics.parent.iterdir()) == []
 
 
-def test_a_trial_that_still_holds_is_not_made_again_where_its_job_runs_again(tmp_path: Path) -> None:
-    """The run's digest covers all code, a trial's own key what decides it: Snakemake is to delete no trial before."""
-    mine = tmp_path / "mine.yaml"
+def test_a_trials_job_finds_the_file_of_before(tmp_path: Path) -> None:
+    """Snakemake deletes what a job declares as its output, and a trial's own key decides whether it is made again."""
+    mine, results = tmp_path / "mine.yaml", tmp_path / "results"
     mine.write_text(yaml.safe_dump({**yaml.safe_load((FOLDER / "smoke.yaml").read_text()), "trial_jobs": True}))
-    p, results = load_profile(str(mine)), tmp_path / "results"
-    of_trial = results / "artefacts/trials/mmlu/none-0.json"
-    trials.run_trial(p, "mmlu", "none", 0, results / "artefacts/trials", others=p.others)
-    notebooks.stamp(of_trial, "0123456789abcdef")
-    before = of_trial.stat().st_ino, of_trial.read_bytes()
-    target = f"{of_trial}.{notebooks.run_digest(p)}"
-    words = [target, "--cores", "1", "--nolock", "--config", f"profile={mine}", f"results={results}"]
+    stamp = f"{results}/artefacts/trials/mmlu/none-0.json.{notebooks.run_digest(load_profile(str(mine)))}"
+    words = [stamp, "-n", "--cores", "1", "--nolock", "--config", f"profile={mine}", f"results={results}"]
     done = subprocess.run(
         [sys.executable, "-m", "snakemake", *words], cwd=ROOT, text=True, capture_output=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert Path(target).exists() and (of_trial.stat().st_ino, of_trial.read_bytes()) == before
+    assert re.findall(r"output: (.*)", done.stdout) == [stamp], done.stderr[-2000:]
 
 
 def test_snakemake_reruns_the_stale_and_nothing_else(copy: Path) -> None:
@@ -190,6 +184,13 @@ def test_a_number_of_cores_that_is_none_is_refused(number: str, capsys: pytest.C
             cli.main([verb, "smoke", f"--cores={number}"])
         assert f"{number!r} is no number of cores: give 1 or more, or all" in capsys.readouterr().err
     assert cli.cores_of("all") == "all" and cli.cores_of("2") == "2"
+
+
+@pytest.mark.parametrize("seed", ["-1", "1.5", "one"])
+def test_a_seed_that_is_none_is_refused(seed: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["trial", "smoke", "mmlu", "sft", f"--results={tmp_path}", "--", seed])
+    assert f"{seed!r} is no seed: give 0 or a whole number above it" in capsys.readouterr().err
 
 
 def test_what_the_system_refuses_is_said_with_the_way_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

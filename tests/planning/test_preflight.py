@@ -156,8 +156,8 @@ def test_a_gpu_too_small_for_a_part_of_a_run_is_refused_before_it(
             before.memory(hub)
 
 
-def test_prompts_that_leave_no_room_are_refused_without_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    p = load_profile("smoke")
+def test_prompts_that_leave_no_room_are_refused_without_a_model() -> None:
+    p = load_profile("smoke", tasks=["gsm8k"], search={"tasks": ["gsm8k"]}, regimes={"tasks": ["gsm8k"]})
     cli.lengths(p)
     with pytest.raises(ProfileError, match=r"profile smoke: in train of gsm8k, 4 of 4 examples.*: raise max_length"):
         cli.lengths(p.changed(max_length=8))
