@@ -21,7 +21,7 @@ import psutil
 
 from semalign.lm.files import alive, locked, read_json
 from semalign.pipeline import forks
-from semalign.pipeline.notebooks import KEPT_ELSEWHERE, ORDER, ROOT, chapters_of, digests, run_digest, stamp
+from semalign.pipeline.notebooks import KEPT_ELSEWHERE, ORDER, ROOT, chapters_of, digests, run_digest
 from semalign.planning.preflight import (
     CHECKED,
     asks_more,
@@ -33,6 +33,7 @@ from semalign.planning.preflight import (
     preflight,
     tokens,
 )
+from semalign.planning.stamps import stamp
 from semalign.profiles import Profile, ProfileError, load_profile
 
 _LOCKS = contextlib.ExitStack()  # held until the process ends, which releases them
@@ -447,7 +448,7 @@ def main(argv: list[str] | None = None) -> int:
             p = load_profile(given.profile)
             before_models(p, given.results.resolve(), elsewhere=given.elsewhere)
             if not given.elsewhere:
-                memory(p)
+                memory(p, chapters_of(p))
                 lengths(p)
         elif given.verb == "fetch":
             print("\n".join([*fetch(given.profile), "on the nodes set HF_HUB_OFFLINE=1 and HF_DATASETS_OFFLINE=1"]))

@@ -17,6 +17,7 @@ import nbformat
 from traitlets.config import Config
 
 from semalign.pipeline import forks
+from semalign.planning.plan import trials_shared
 from semalign.planning.preflight import preflight
 from semalign.planning.stamps import BUT_FOR, stamp, stamped, unstamp
 from semalign.profiles import Profile, declared, load_profile
@@ -40,16 +41,12 @@ NEEDS: dict[str, tuple[Callable[[Profile], bool], str]] = {
 class Chapter:
     """The notebooks that a chapter reads from, where the profile has them, and its ``needs``, keys of ``NEEDS``.
 
-    ``of_task``: it is about this one, and its trials can be jobs of their own. ``controls``: it reads those of the
-    untouched student and of labels alone, on every task. ``programs``: those that it compares others with, on every
-    task of programs.
+    ``of_task``: it is about this one. Which trials it reads the plan knows, which gives their jobs time and memory.
     """
 
     reads: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     of_task: str = ""
-    controls: bool = False
-    programs: bool = False
 
 
 ORDER: dict[str, Chapter] = {
@@ -58,12 +55,12 @@ ORDER: dict[str, Chapter] = {
     "02_importance": Chapter(reads=("00_models_and_data",)),
     "03_pairing": Chapter(reads=("02_importance",)),
     "04_alignment": Chapter(reads=("03_pairing",)),
-    "04b_gates": Chapter(controls=True),
+    "04b_gates": Chapter(),
     "05_mmlu": Chapter(reads=("04b_gates",), needs=("mmlu",), of_task="mmlu"),
     "06_gsm8k": Chapter(reads=("04b_gates",), needs=("gsm8k",), of_task="gsm8k"),
     "07_humaneval": Chapter(reads=("04b_gates",), needs=("humaneval",), of_task="humaneval"),
     "08_mbpp": Chapter(reads=("04b_gates",), needs=("mbpp",), of_task="mbpp"),
-    "09_fine_tuned_teachers": Chapter(needs=("programs",), programs=True),
+    "09_fine_tuned_teachers": Chapter(needs=("programs",)),
     "10_similarity": Chapter(),
     "11_ablations": Chapter(),
     "12_controls": Chapter(),
@@ -119,18 +116,9 @@ def trials_of(p: Profile, name: str) -> list[str]:
 
     None where the profile has no ``trial_jobs``: there the notebook runs them itself, one after another.
     """
-    chapter, rows = ORDER[name], declared("methods")
-    tasks, methods = [chapter.of_task], list(dict.fromkeys(["teacher", "none", *p.methods]))
-    if chapter.controls:
-        tasks, methods = p.tasks, ["none", "sft"]
-    elif chapter.programs:
-        tasks, methods = p.code_tasks, ["teacher", "none", "sft", "semalign"]
-    elif not chapter.of_task:
-        return []
     if not p.trial_jobs:
         return []
-    seeds = {m: p.seeds if rows.get(m, {"seeded": False}).get("seeded", True) else p.seeds[:1] for m in methods}
-    return [f"{task}/{method}-{seed}.json" for task in tasks for method, own in seeds.items() for seed in own]
+    return [f"{task}/{m}-{seed}.json" for task, m, often in trials_shared(p, name) for seed in p.seeds[:often]]
 
 
 def cells_of(notebook: nbformat.NotebookNode) -> list[tuple[str, str, list[str], dict[str, Any]]]:

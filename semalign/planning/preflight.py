@@ -60,12 +60,13 @@ def preflight(p: Profile, results: Path | None = None, *, trains: bool = True) -
                 f"profile {p.name} names the folder {model.path}, which has no config.json: give one that "
                 "save_pretrained wrote"
             )
-    try:
-        depth = shape_of(p.teacher).layers
-    except ProfileError:  # a model of the hub that plans do not know
-        depth = p.layer or 0
-    if p.layer is not None and p.layer > depth:
-        raise ProfileError(f"profile {p.name}: layer {p.layer} is not one of the teacher's: give 1 to {depth}")
+    if p.layer is not None:
+        try:
+            depth = shape_of(p.teacher).layers
+        except ProfileError:  # a model of the hub that plans do not know
+            depth = p.layer
+        if p.layer > depth:
+            raise ProfileError(f"profile {p.name}: layer {p.layer} is not one of the teacher's: give 1 to {depth}")
     tokens(p)
     disks(p, results, trains=trains)
 
@@ -150,8 +151,8 @@ def _device(p: Profile) -> None:
     raise ProfileError(f"{asked}, and {why}: {remedy}")
 
 
-def memory(p: Profile) -> None:
-    """Refuse a whole run on a GPU that the plan finds too small for one of its methods or chapters.
+def memory(p: Profile, chapters: Iterable[str]) -> None:
+    """Refuse a run of ``chapters`` on a GPU that the plan finds too small for one of them, or for a method.
 
     Raises:
         ProfileError: names the first that does not fit, what it takes, and the way out.
@@ -161,7 +162,7 @@ def memory(p: Profile) -> None:
     if p.device == "cpu" or not torch.cuda.is_available():
         return
     try:
-        found = plan(p)
+        found = plan(p, chapters)
     except ProfileError:  # a model that plans do not know
         return
     has = torch.cuda.get_device_properties(int(p.device.partition(":")[2] or 0)).total_memory

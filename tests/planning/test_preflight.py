@@ -147,13 +147,13 @@ def test_a_profile_that_leaves_the_device_open_is_of_the_processor_where_there_i
 def test_a_gpu_too_small_for_a_part_of_a_run_is_refused_before_it(
     hub: Profile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before.memory(hub)  # no GPU is here
+    before.memory(hub, notebooks.chapters_of(hub))  # no GPU is here
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for gigabytes, fits in ((80, True), (40, False)):
         card = SimpleNamespace(total_memory=gigabytes * 10**9)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number, card=card: card)
         with contextlib.nullcontext() if fits else pytest.raises(ProfileError, match="this one has 40: do what"):
-            before.memory(hub)
+            before.memory(hub, notebooks.chapters_of(hub))
 
 
 def test_prompts_that_leave_no_room_are_refused_without_a_model() -> None:
