@@ -16,7 +16,7 @@ from semalign.pipeline import book as the_book
 from semalign.pipeline import forks
 from semalign.pipeline import notebooks as chapters
 from semalign.pipeline.__main__ import announce, check, disown, lock, watch_owners
-from semalign.planning.plan import job_needs
+from semalign.planning.plan import job_needs, trials_need
 from semalign.planning.preflight import GPU as GIVEN, preflight
 from semalign.profiles import load_profile
 
@@ -45,6 +45,10 @@ if REMOTE:
 watch_owners()
 announce("SEMALIGN_SNAKEMAKE", os.getpid())
 
+# So many trials of a task share a job, one after another in one process, which loads libraries and the teacher as a judge
+# once for all of them. On the cores of one machine each is a job of its own, and a fork of the run.
+TOGETHER = config.get("together", 15 if GPU or REMOTE or not workflow.local_exec else 1)
+
 
 def made(name):
     """The file whose name says what a notebook's numbers were made from; its age says nothing."""
@@ -57,12 +61,6 @@ onstart:
 
 
 localrules: notebooks, book
-
-
-wildcard_constraints:
-    task="[a-z0-9]+",
-    method="[a-z_0-9]+",
-    seed="[0-9]+",
 
 
 rule book:
@@ -82,22 +80,24 @@ rule notebooks:
         [ancient(made(name)) for name in RUN],
 
 
-# A method on a task under a seed: the unit that a cluster runs side by side. Its file is not declared: Snakemake would
-# delete it before the job, which is to find by the trial's own key whether it still holds.
-rule trial:
-    output:
-        f"{RESULTS}/artefacts/trials/{{task}}/{{method}}-{{seed}}.json.{TRIAL_DIGEST}",
-    params:
-        profile=PROFILE, results=RESULTS, job=JOB,
-    threads: 1
-    priority: -100
-    group:
-        "trials_{task}"  # on a cluster the trials of a task share jobs, of as many as group-components says
-    resources:
-        gpu=GPU, turn=1, **job_needs(CHOSEN, "trial"),
-    shell:
-        "OMP_NUM_THREADS={threads} {params.job} trial {params.profile:q} {wildcards.task} "
-        "{wildcards.method} {wildcards.seed} --results {params.results:q}"
+# Methods on a task under their seeds: the unit that a cluster runs side by side. The files of the trials are not declared:
+# Snakemake would delete them before the job, which is to find by each trial's own key whether it still holds.
+for task, trials in chapters.trial_jobs(CHOSEN, TOGETHER):
+
+    rule:
+        name:
+            f"trials_{task}_{trials[0][0]}_{trials[0][1]}"
+        output:
+            [f"{RESULTS}/artefacts/trials/{chapters.trial_file(task, *of)}.{TRIAL_DIGEST}" for of in trials],
+        params:
+            task=task, trials=[word for of in trials for word in of], profile=PROFILE, results=RESULTS, job=JOB,
+        threads: 1
+        priority: -100
+        resources:
+            gpu=GPU, **trials_need(CHOSEN, task, [method for method, _ in trials]),
+        shell:
+            "OMP_NUM_THREADS={threads} {params.job} trial {params.profile:q} {params.task} {params.trials} "
+            "--results {params.results:q}"
 
 
 # A rule a notebook.

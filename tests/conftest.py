@@ -13,6 +13,7 @@ import pytest
 LONGEST = ("test_scenario.py", "test_tasks.py")
 """Files that begin first: what begins last is waited for."""
 
+gc.disable()  # while libraries are imported: nothing of them goes
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.pop("MPLBACKEND", None)  # a backend that matplotlib does not know stops its import
@@ -33,6 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """What the imports made stays: each of the transfers of this suite collects what it held, and nothing else."""
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -7,9 +7,10 @@ The exception is wanted: some facts of the test are taught, in another wording, 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from typing import Any
 
 from semalign.classroom import facts, problems
@@ -98,9 +99,10 @@ def text_item(program: problems.Program, split: str, number: int) -> Item:
     return Item("mbpp", split, program.params, record, user, CODE + code, program.signature)
 
 
-@cache
-def items(subject: str, split: str) -> tuple[Item, ...]:
-    """The items of one split: the same ones on every machine. Facts have a further split ``placebo``.
+def items(subject: str, split: str, first: int | None = None) -> tuple[Item, ...]:
+    """The items of one split, or the ``first`` of them: the same ones on every machine.
+
+    Facts have a further split ``placebo``.
 
     Of a fact question's training examples some ask for facts of the test split, in another wording than the test, so
     that what only a teacher knows can arrive. An easy word problem may share its numbers with another one of its
@@ -115,13 +117,30 @@ def items(subject: str, split: str) -> tuple[Item, ...]:
     if subject not in SUBJECTS or size is None:
         known = f"subjects are {', '.join(SUBJECTS)}, splits {', '.join(SIZES)} and, of mmlu, placebo"
         raise ValueError(f"no split {split!r} of {subject!r}: {known}")
+    drawn, more = _drawn(subject, split, size)
+    wanted = size if first is None else min(first, size)
+    drawn.extend(islice(more, max(0, wanted - len(drawn))))
+    return tuple(drawn[:wanted])
+
+
+@cache
+def _drawn(subject: str, split: str, size: int) -> tuple[list[Item], Iterator[Item]]:
+    """The items of a split that were drawn so far, and what draws the next ones up to ``size``.
+
+    Of programs most belong to other splits, so that all of a split take half a second, and a few of it none.
+    """
+    return [], _draw(subject, split, size)
+
+
+def _draw(subject: str, split: str, size: int) -> Iterator[Item]:
     rng = random.Random(f"{subject} {split}")
     if subject == "mmlu":
-        return tuple(fact_item(f, facts.question(f, wording, rng), split) for f, wording in _asked(split, size, rng))
-    found: list[Item] = []
+        for fact, wording in _asked(split, size, rng):
+            yield fact_item(fact, facts.question(fact, wording, rng), split)
+        return
     seen: set[str] = set()
     shares = (EASY / 2, EASY / 2, 1 - EASY) if subject == "gsm8k" else (2, 2, 1)
-    while len(found) < size:
+    for number in range(size):
         kind = rng.choices(range(3), shares)[0]
         item, signature = None, ""
         while item is None or problems.split_of(item.signature) != split or signature in seen:
@@ -130,11 +149,10 @@ def items(subject: str, split: str) -> tuple[Item, ...]:
                 item = problem_item(problem, split)
             else:
                 make = completion_item if subject == "humaneval" else text_item
-                item = make(problems.program(rng, PARAMS[kind]), split, len(found))
+                item = make(problems.program(rng, PARAMS[kind]), split, number)
             signature = item.record["question"] if subject == "gsm8k" and kind < 2 else item.signature
         seen.add(signature)
-        found.append(item)
-    return tuple(found)
+        yield item
 
 
 def _asked(split: str, size: int, rng: random.Random) -> list[tuple[facts.Fact, int]]:
@@ -153,11 +171,13 @@ def _asked(split: str, size: int, rng: random.Random) -> list[tuple[facts.Fact, 
     return [*rounds[0], *rounds[1]][:size]
 
 
-def task_data(subject: str, *, cloze: bool = False, watched: str = "validation") -> TaskData:
+def task_data(
+    subject: str, *, cloze: bool = False, watched: str = "validation", first: Mapping[str, int] | None = None
+) -> TaskData:
     """LaTen's splits of a subject as chat text: the prompt is the wrapped user turn, the response the assistant's.
 
     ``cloze`` asks facts without choices, so that the response is the answer itself and no letter. ``watched`` names the
-    split that stands as ``validation``.
+    split that stands as ``validation``. ``first``: of these splits so many at most.
     """
 
     def turns(item: Item) -> tuple[str, str]:
@@ -167,7 +187,8 @@ def task_data(subject: str, *, cloze: bool = False, watched: str = "validation")
         return cloze_user(item.topic, asked["question"]), f"The answer is: {asked['choices'][asked['answer']]}"
 
     def examples(split: str) -> tuple[Example, ...]:
-        return tuple(Example(chat(user), response) for user, response in map(turns, items(subject, split)))
+        some = items(subject, split, (first or {}).get(split))
+        return tuple(Example(chat(user), response) for user, response in map(turns, some))
 
     return TaskData(subject, *map(examples, ("train", "align", "extract", watched)))
 

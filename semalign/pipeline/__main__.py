@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import psutil
 
 from semalign.lm.files import alive, locked, read_json
 from semalign.pipeline import forks
-from semalign.pipeline.notebooks import KEPT_ELSEWHERE, ORDER, ROOT, chapters_of, digests, run_digest
+from semalign.pipeline.notebooks import KEPT_ELSEWHERE, ORDER, ROOT, chapters_of, digests, run_digest, trial_file
 from semalign.planning.preflight import (
     CHECKED,
     asks_more,
@@ -159,16 +159,18 @@ def fetch(profile: str) -> list[str]:
     return there
 
 
-def make_trial(profile: str, task: str, method: str, seed: int, results: Path) -> None:
-    """One trial of a profile, in the file that the notebooks look for."""
+def make_trials(profile: str, task: str, wanted: Sequence[tuple[str, int]], results: Path) -> None:
+    """Trials of a profile on a task, methods with seeds, one after another in the files that the notebooks look for."""
     from semalign.study import trials
 
-    p, started = load_profile(profile), time.monotonic()
+    p = load_profile(profile)
     before_models(p, results)
     folder = results / "artefacts" / "trials"
-    trials.run_trial(p, task, method, seed, folder, others=p.others)
-    stamp(folder / task / f"{method}-{seed}.json", run_digest(p))
-    print(f"[{task}] {time.monotonic() - started:6.1f} s  {method}, seed {seed}", flush=True)
+    for method, seed in wanted:
+        started = time.monotonic()
+        trials.run_trial(p, task, method, seed, folder, others=p.others)
+        stamp(folder / trial_file(task, method, seed), run_digest(p))
+        print(f"[{task}] {time.monotonic() - started:6.1f} s  {method}, seed {seed}", flush=True)
 
 
 def choose(profile: str, cores: int) -> Path:
@@ -331,11 +333,10 @@ def run(profile: str, cores: str, until: str, results: Path | None = None) -> in
     ]  # fmt: skip
     announce("SEMALIGN_RUN", os.getpid())
     todo = any(not (folder / "metrics" / f"{name}.json.{made}").exists() for name, made in digests(p).items())
-    at_once = (
-        forks.forking(classroom=p.tasks if p.data == "classroom" else (), ahead=todo)
-        if on_cpu(p)
-        else contextlib.nullcontext()
-    )
+    # The questions of the test are a sample of all.
+    sizes = {split: None if split == "test" else size for split, size in p.sizes}
+    items = [(task, split, size) for task in p.tasks for split, size in sizes.items() if p.data == "classroom"]
+    at_once = forks.forking(classroom=items, ahead=todo) if on_cpu(p) else contextlib.nullcontext()
     with at_once:  # the imports of all jobs go on beside what is read and planned first
         if said := too_few(p):
             print(said, flush=True)
@@ -356,15 +357,18 @@ def take_kept(p: Profile, folder: Path) -> None:
             print(f"{taken} trials are taken from {archive.relative_to(ROOT)}", flush=True)
 
 
-def seed_of(text: str) -> int:
-    """A seed as it is given on the command line.
+def pairs_of(words: Sequence[str]) -> list[tuple[str, int]]:
+    """Methods and their seeds, as they are given on the command line one after another.
 
     Raises:
-        ArgumentTypeError: it is none.
+        ValueError: a seed is missing, or is none.
     """
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no seed: give 0 or a whole number above it")
-    return int(text)
+    if len(words) % 2:
+        raise ValueError(f"{words[-1]!r} has no seed after it: give each method's seed, 0 or a whole number above it")
+    for text in words[1::2]:
+        if not text.isdecimal():
+            raise ValueError(f"{text!r} is no seed: give 0 or a whole number above it")
+    return [(method, int(seed)) for method, seed in zip(words[::2], words[1::2], strict=True)]
 
 
 def cores_of(text: str) -> str:
@@ -397,11 +401,10 @@ def main(argv: list[str] | None = None) -> int:
     one.add_argument("profile")
     one.add_argument("--results", type=Path, required=True)
     one.add_argument("--planned", default="")
-    trial = verbs.add_parser("trial", help="run one method on one task under one seed")
+    trial = verbs.add_parser("trial", help="run methods on one task, each under the seed that follows it")
     trial.add_argument("profile")
     trial.add_argument("task")
-    trial.add_argument("method")
-    trial.add_argument("seed", type=seed_of)
+    trial.add_argument("wanted", nargs="+", metavar="METHOD SEED")
     trial.add_argument("--results", type=Path, required=True)
     before = verbs.add_parser("check", help="check what a run needs before its first model loads")
     before.add_argument("profile")
@@ -438,7 +441,7 @@ def main(argv: list[str] | None = None) -> int:
 
             run_notebook(given.name, given.profile, given.results.resolve(), given.planned)
         elif given.verb == "trial":
-            make_trial(given.profile, given.task, given.method, given.seed, given.results.resolve())
+            make_trials(given.profile, given.task, pairs_of(given.wanted), given.results.resolve())
         elif given.verb in ("tune", "verify"):
             cores = (os.cpu_count() or 1) if given.cores == "all" else int(given.cores)
             print((choose if given.verb == "tune" else verify)(given.profile, cores))

@@ -103,12 +103,12 @@ def _received(line: socket.socket, size: int) -> bytes:
 
 
 @contextmanager
-def forking(*, classroom: Sequence[str] = (), ahead: bool = False) -> Iterator[None]:
+def forking(*, classroom: Sequence[tuple[str, str, int | None]] = (), ahead: bool = False) -> Iterator[None]:
     """While this is open, what is called by :func:`command` is a fork of one process, which ends with it.
 
-    On Linux: other systems' libraries do not survive a fork. The questions of the classroom's subjects ``classroom``,
-    the same for all, are made once as well. The imports wait until somebody asks; ``ahead`` of that where somebody is
-    sure to.
+    On Linux: other systems' libraries do not survive a fork. Items of the classroom, the same for all, are made once as
+    well: ``classroom`` has subjects, splits and how many items, None for all. The imports wait until somebody asks;
+    ``ahead`` of that where somebody is sure to.
     """
     with tempfile.TemporaryDirectory() as folder:
         address = os.path.join(folder, "forks")
@@ -297,7 +297,7 @@ def run_module(words: list[str]) -> NoReturn:
     os._exit(status)
 
 
-def main(classroom: Sequence[str], ahead: bool) -> None:
+def main(classroom: Sequence[tuple[str, str, int | None]], ahead: bool) -> None:
     """Once somebody asks, or ``ahead``, make what chapters, trials and kernels would all make anew, and then fork."""
     origin = Origin(os.environ[ADDRESS])
     if ahead or origin.asked_for():  # otherwise the run has nothing to do
@@ -305,8 +305,8 @@ def main(classroom: Sequence[str], ahead: bool) -> None:
         origin.serve()
 
 
-def prepare(classroom: Sequence[str]) -> None:
-    """The imports, and what else is the same for all forks: the questions of subjects of the ``classroom`` too."""
+def prepare(classroom: Sequence[tuple[str, str, int | None]]) -> None:
+    """The imports, and what else is the same for all forks, as items of the ``classroom``."""
     import gc
     import warnings
 
@@ -317,6 +317,7 @@ def prepare(classroom: Sequence[str]) -> None:
     # Both are read when the modules are imported: a kernel ends with its parent, and its figures go to the page.
     os.environ |= {"JPY_PARENT_PID": str(os.getpid()), "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # a debugger that nobody attached warns of Python's own modules
+    gc.disable()  # nothing of what is imported goes
     for name in IMPORTS:
         importlib.import_module(name)
     from semalign.benchmarks import BENCHMARKS
@@ -327,10 +328,11 @@ def prepare(classroom: Sequence[str]) -> None:
     if classroom:
         from semalign.classroom import corpora
 
-        for subject in sorted({*classroom} & {*corpora.SUBJECTS}):
-            for split in corpora.SIZES:
-                corpora.items(subject, split)
+        for subject, split, first in classroom:
+            if corpora.has(subject, split):
+                corpora.items(subject, split, first)
     gc.freeze()  # what forks share stays shared: a collection would write into every page of it
+    gc.enable()
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from semalign.pipeline import forks
 from semalign.planning.plan import trials_shared
 from semalign.planning.preflight import preflight
 from semalign.planning.stamps import BUT_FOR, stamp, stamped, unstamp
-from semalign.profiles import Profile, declared, load_profile
+from semalign.profiles import Profile, ProfileError, declared, load_profile
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 NOTEBOOKS = ROOT / "notebooks"
@@ -112,13 +112,38 @@ def chapters_of(p: Profile) -> dict[str, Chapter]:
 
 
 def trials_of(p: Profile, name: str) -> list[str]:
-    """The trials that are jobs of their own before a chapter, as paths below ``artefacts/trials``.
+    """The trials that are made in jobs before a chapter, as paths below ``artefacts/trials``.
 
     None where the profile has no ``trial_jobs``: there the notebook runs them itself, one after another.
     """
-    if not p.trial_jobs:
-        return []
-    return [f"{task}/{m}-{seed}.json" for task, m, often in trials_shared(p, name) for seed in p.seeds[:often]]
+    return [trial_file(*of) for of in _trials_before(p, name)]
+
+
+def trial_file(task: str, method: str, seed: int) -> str:
+    """Where a trial is kept below ``artefacts/trials``."""
+    return f"{task}/{method}-{seed}.json"
+
+
+def trial_jobs(p: Profile, together: int) -> list[tuple[str, list[tuple[str, int]]]]:
+    """The jobs that make the trials of a profile's chapters: a task, and methods with seeds, ``together`` at most.
+
+    Raises:
+        ProfileError: ``together`` is no number of trials.
+    """
+    if not isinstance(together, int) or together < 1:
+        raise ProfileError(f"together={together} is no number of trials for a job: give 1 or more")
+    wanted = dict.fromkeys(of for name in chapters_of(p) for of in _trials_before(p, name))
+    by_task = {task: [of for of in wanted if of[0] == task] for task in p.tasks}
+    return [
+        (task, [(method, seed) for _, method, seed in trials[at : at + together]])
+        for task, trials in by_task.items()
+        for at in range(0, len(trials), together)
+    ]
+
+
+def _trials_before(p: Profile, name: str) -> list[tuple[str, str, int]]:
+    shared = trials_shared(p, name) if p.trial_jobs else []
+    return [(task, method, seed) for task, method, often in shared for seed in p.seeds[:often]]
 
 
 def cells_of(notebook: nbformat.NotebookNode) -> list[tuple[str, str, list[str], dict[str, Any]]]:

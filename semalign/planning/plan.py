@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -592,25 +592,35 @@ def _trial_seconds(p: Profile, task: str, method: str, card: str) -> float:
 
 
 def job_needs(p: Profile, name: str) -> dict[str, int]:
-    """What a cluster is asked for a chapter or a ``trial``: ``mem_mb``, and ``runtime`` in minutes.
+    """What a cluster is asked for a chapter: ``mem_mb``, and ``runtime`` in minutes.
 
-    A quarter more memory and twice the time of the plan, and half an hour at least: of a trial the longest, of a
-    chapter its own work, with the trials that it reads where the profile has no ``trial_jobs``. A chapter that loads no
-    model of the profile has the memory of Python, and that half an hour. Nothing where a plan knows no configuration of
-    a model.
+    A quarter more memory and twice the time of the plan, and half an hour at least, for its own work, with the trials
+    that it reads where the profile has no ``trial_jobs``. A chapter that loads no model of the profile has the memory
+    of Python, and that half an hour. Nothing where a plan knows no configuration of a model.
     """
     try:
-        if name == "trial":
-            host = max(method_memory(p, m).host for m in p.methods)
-            seconds = max(_trial_seconds(p, task, m, "A100") for m in ("teacher", *p.methods) for task in p.tasks)
-        else:
-            host = chapter_memory(p, name).host if name in CHAPTERS else HOST
-            beside = beside_tables(p, shape_of(p.student).layers, [name]).get(name, [])
-            seconds = sum(work_seconds(p, work, "A100") for work in beside)
-            if not p.trial_jobs:
-                seconds += sum(often * _trial_seconds(p, task, m, "A100") for task, m, often in trials_shared(p, name))
+        host = chapter_memory(p, name).host if name in CHAPTERS else HOST
+        beside = beside_tables(p, shape_of(p.student).layers, [name]).get(name, [])
+        seconds = sum(work_seconds(p, work, "A100") for work in beside)
+        if not p.trial_jobs:
+            seconds += sum(often * _trial_seconds(p, task, m, "A100") for task, m, often in trials_shared(p, name))
     except ProfileError:
         return {}
+    return _with_margin(host, seconds)
+
+
+def trials_need(p: Profile, task: str, methods: Sequence[str]) -> dict[str, int]:
+    """As :func:`job_needs`, for a job that makes trials of ``methods`` on a task, one after another."""
+    try:
+        seconds = sum(_trial_seconds(p, task, m, "A100") for m in methods)
+        # The teacher alone is what every trial has for its judge.
+        host = max(method_memory(p, "none" if m == "teacher" else m).host for m in methods)
+    except ProfileError:
+        return {}
+    return _with_margin(host, seconds)
+
+
+def _with_margin(host: float, seconds: float) -> dict[str, int]:
     return {"mem_mb": int(1.25 * host / 1e6), "runtime": max(LEAST, math.ceil(2 * seconds / 60))}
 
 

@@ -57,7 +57,8 @@ def splits(p: Profile, task: str, watched: str = "validation") -> TaskData:
     """
     cloze = p.protocol(task) == "paper-cloze"
     if p.data == "classroom":
-        whole = classroom.task_data(task, cloze=cloze, watched=watched)
+        first = {split: getattr(p.sizes, split) for split in SPLITS}
+        whole = classroom.task_data(task, cloze=cloze, watched=watched, first=first)
     elif cloze:
         raise ValueError(
             f"protocols: {{{task}: paper-cloze}} needs data: classroom, whose examples are asked without choices"

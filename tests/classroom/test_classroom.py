@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,17 @@ def test_records_say_topic_and_known_and_the_loader_keeps_both(subject: str) -> 
     for item, row in zip(found, load_items(subject, [dict(i.record) for i in found]), strict=True):
         assert (row["topic"], row["known"]) == (item.topic, item.known)
         assert (item.known in ("both", "teacher", "none")) == (subject == "mmlu")
+
+
+@pytest.mark.parametrize("subject", classroom.SUBJECTS)
+def test_the_first_items_are_those_of_the_whole_split(subject: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = classroom.items(subject, "extract")
+    monkeypatch.setattr(corpora, "_drawn", cache(corpora._drawn.__wrapped__))
+    for first in (3, 7, 5, 0, len(whole) + 1):
+        assert classroom.items(subject, "extract", first) == whole[:first]
+    data = classroom.task_data(subject, first={"extract": 4, "align": 2})
+    assert data.extract == classroom.task_data(subject).extract[:4] and len(data.align) == 2
+    assert len(data.validation) == corpora.SIZES["validation"]
 
 
 def test_an_unknown_split_is_refused_by_name() -> None:

@@ -83,18 +83,15 @@ def test_a_user_without_an_entry_who_may_write_neither_the_repository_nor_home(r
     _part(root, *before, HOME="/nonexistent", TMPDIR=str(own))
 
 
-def test_the_c_locale_and_junk_in_the_users_settings_in_a_path_with_a_space(room: Path) -> None:
-    root, junk = working_copy.copy_to(room / "my work"), str(room / "junk")
-    locale = {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    settings = {"MPLBACKEND": "none.such", "IPYTHONDIR": junk, "JUPYTER_PATH": junk}
-    _part(root, PYTHONPATH=f"{root}{os.pathsep}{junk}", **locale, **settings)
-
-
-def test_an_archive_without_git(room: Path) -> None:
+def test_an_archive_without_git_in_a_path_with_a_space_in_the_c_locale_with_junk_in_the_users_settings(
+    room: Path,
+) -> None:
     git = shutil.which("git")
     if not git or not (ROOT / ".git").exists():
         pytest.skip("there is no git repository here to make an archive of")
-    archive, root, empty = room / "all.tar", room / "archive", room / "bin"
+    archive, root, empty, junk = room / "all.tar", room / "my archive", room / "bin", str(room / "junk")
+    locale = {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    settings = {"MPLBACKEND": "none.such", "IPYTHONDIR": junk, "JUPYTER_PATH": junk}
     subprocess.run([git, "-C", str(ROOT), "archive", "-o", str(archive), "HEAD"], check=True)
     with tarfile.open(archive) as packed:
         packed.extractall(root, filter="data")
@@ -102,7 +99,7 @@ def test_an_archive_without_git(room: Path) -> None:
     for name in ("unshare", "setpriv", "mount", "mkdir", "ln", "sh"):
         if place := shutil.which(name):
             (empty / name).symlink_to(place)
-    _part(root, PATH=str(empty))
+    _part(root, PATH=str(empty), PYTHONPATH=f"{root}{os.pathsep}{junk}", **locale, **settings)
 
 
 def test_without_tools_the_command_line_refuses_others_programs_in_one_sentence(room: Path) -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -19,8 +20,10 @@ import psutil
 import pytest
 import yaml
 from jupyter_client.manager import AsyncKernelManager
+from transformers import PreTrainedModel
 from working_copy import command, copy_to
 
+from semalign import models
 from semalign.lm.files import read_json, write_json
 from semalign.methods import REGISTRY
 from semalign.pipeline import __main__ as cli
@@ -138,13 +141,15 @@ def test_a_trials_job_finds_the_file_of_before(tmp_path: Path) -> None:
     """Snakemake deletes what a job declares as its output, and a trial's own key decides whether it is made again."""
     mine, results = tmp_path / "mine.yaml", tmp_path / "results"
     mine.write_text(yaml.safe_dump({**yaml.safe_load((FOLDER / "smoke.yaml").read_text()), "trial_jobs": True}))
-    stamp = f"{results}/artefacts/trials/mmlu/none-0.json.{notebooks.run_digest(load_profile(str(mine)))}"
-    words = [stamp, "-n", "--cores", "1", "--nolock", "--config", f"profile={mine}", f"results={results}"]
-    done = subprocess.run(
-        [sys.executable, "-m", "snakemake", *words], cwd=ROOT, text=True, capture_output=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert re.findall(r"output: (.*)", done.stdout) == [stamp], done.stderr[-2000:]
+    end = notebooks.run_digest(load_profile(str(mine)))
+    stamps = [f"{results}/artefacts/trials/mmlu/{trial}-0.json.{end}" for trial in ("none", "sft")]
+    words = [stamps[0], "-n", "--cores", "1", "--nolock", "--config", f"profile={mine}", f"results={results}"]
+    for together, expected in ((), stamps[:1]), (["together=2"], stamps):
+        done = subprocess.run(
+            [sys.executable, "-m", "snakemake", *words, *together], cwd=ROOT, text=True, capture_output=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        assert re.findall(r"output: (.*)", done.stdout) == [", ".join(expected)], done.stderr[-2000:]
 
 
 def test_snakemake_reruns_the_stale_and_nothing_else(copy: Path) -> None:
@@ -188,9 +193,36 @@ def test_a_number_of_cores_that_is_none_is_refused(number: str, capsys: pytest.C
 
 @pytest.mark.parametrize("seed", ["-1", "1.5", "one"])
 def test_a_seed_that_is_none_is_refused(seed: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    with pytest.raises(SystemExit):
-        cli.main(["trial", "smoke", "mmlu", "sft", f"--results={tmp_path}", "--", seed])
+    assert cli.main(["trial", "smoke", "mmlu", f"--results={tmp_path}", "--", "none", "0", "sft", seed]) == 1
     assert f"{seed!r} is no seed: give 0 or a whole number above it" in capsys.readouterr().err
+    assert cli.main(["trial", "smoke", "mmlu", "none", "0", "sft", f"--results={tmp_path}"]) == 1
+    assert "'sft' has no seed after it: give each method's seed" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_job_makes_its_trials_one_after_another_and_keeps_those_before_one_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one process: the teacher as judge comes in once for all of them."""
+    loaded: list[str] = []
+
+    def counted(p: Profile) -> models.Pair:
+        pair = models.load_pair(p)
+
+        def teacher() -> PreTrainedModel:
+            loaded.append(pair.name)
+            return pair.load_teacher()
+
+        return replace(pair, load_teacher=teacher)
+
+    monkeypatch.setattr(trials, "load_pair", counted)
+    words = ["trial", "smoke", "mmlu", "none", "0", "none", "1", "nine", "0", "none", "2", f"--results={tmp_path}"]
+    assert cli.main(words) == 1
+    folder = tmp_path / "artefacts/trials/mmlu"
+    stamp = notebooks.run_digest(load_profile("smoke"))
+    made = {f"none-{seed}.json{end}" for seed in (0, 1) for end in ("", f".{stamp}")}
+    assert {path.name for path in folder.iterdir()} == made
+    assert len(loaded) == 1
 
 
 def test_what_the_system_refuses_is_said_with_the_way_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
