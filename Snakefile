@@ -46,8 +46,8 @@ watch_owners()
 announce("SEMALIGN_SNAKEMAKE", os.getpid())
 
 # So many trials of a task share a job, one after another in one process, which loads libraries and the teacher as a judge
-# once for all of them. On the cores of one machine each is a job of its own, and a fork of the run.
-TOGETHER = config.get("together", 15 if GPU or REMOTE or not workflow.local_exec else 1)
+# once for all of them. Where each is a fork of the run, the run says that each is a job of its own.
+TOGETHER = config.get("together", 15)
 
 
 def made(name):

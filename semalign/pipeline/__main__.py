@@ -324,7 +324,7 @@ def run(profile: str, cores: str, until: str, results: Path | None = None) -> in
     command = [
         sys.executable, "-m", "snakemake", until, "--snakefile", str(ROOT / "Snakefile"), "--directory", str(ROOT),
         "--cores", cores, "--resources", "gpu=1", "--nolock", "--rerun-incomplete",
-        "--config", f"profile={profile}", f"results={folder}", f"gpu={int(not on_cpu(p))}",
+        "--config", f"profile={profile}", f"results={folder}", *(["gpu=0", "together=1"] if on_cpu(p) else ["gpu=1"]),
         "--rerun-triggers", "software-env",
         "--quiet", "rules", "progress", "host", "reason",
         # What profiles/default says, without a line about it: nothing is kept in a home folder.

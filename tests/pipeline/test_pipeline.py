@@ -142,9 +142,9 @@ def test_a_trials_job_finds_the_file_of_before(tmp_path: Path) -> None:
     mine, results = tmp_path / "mine.yaml", tmp_path / "results"
     mine.write_text(yaml.safe_dump({**yaml.safe_load((FOLDER / "smoke.yaml").read_text()), "trial_jobs": True}))
     end = notebooks.run_digest(load_profile(str(mine)))
-    stamps = [f"{results}/artefacts/trials/mmlu/{trial}-0.json.{end}" for trial in ("none", "sft")]
+    stamps = [f"{results}/artefacts/trials/mmlu/{trial}-0.json.{end}" for trial in ("none", "sft", "teacher", "semalign")]
     words = [stamps[0], "-n", "--cores", "1", "--nolock", "--config", f"profile={mine}", f"results={results}"]
-    for together, expected in ((), stamps[:1]), (["together=2"], stamps):
+    for together, expected in (["together=1"], stamps[:1]), (["together=2"], stamps[:2]), ((), stamps):
         done = subprocess.run(
             [sys.executable, "-m", "snakemake", *words, *together], cwd=ROOT, text=True, capture_output=True,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
