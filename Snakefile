@@ -16,7 +16,7 @@ from semalign.pipeline import book as the_book
 from semalign.pipeline import forks
 from semalign.pipeline import notebooks as chapters
 from semalign.pipeline.__main__ import announce, check, disown, lock, watch_owners
-from semalign.planning.plan import job_needs, trials_need
+from semalign.planning.plan import job_needs, on_card, trials_need
 from semalign.planning.preflight import GPU as GIVEN, preflight
 from semalign.profiles import load_profile
 
@@ -41,9 +41,9 @@ REMOTE = workflow.remote_exec  # this is a job of a cluster: it outlives the pro
 if REMOTE:
     disown()
     os.environ.pop(forks.ADDRESS, None)  # its cores and memory are those of the job
-    os.environ[GIVEN] = str(GPU)
 watch_owners()
 announce("SEMALIGN_SNAKEMAKE", os.getpid())
+SAYS = f"{GIVEN}={{resources.gpu}} " if REMOTE else ""  # what a job of a cluster was given
 
 # So many trials of a task share a job, one after another in one process, which loads libraries and the teacher as a judge
 # once for all of them. Where each is a fork of the run, the run says that each is a job of its own.
@@ -96,7 +96,7 @@ for task, trials in chapters.trial_jobs(CHOSEN, TOGETHER):
         resources:
             gpu=GPU, **trials_need(CHOSEN, task, [method for method, _ in trials]),
         shell:
-            "OMP_NUM_THREADS={threads} {params.job} trial {params.profile:q} {params.task} {params.trials} "
+            SAYS + "OMP_NUM_THREADS={threads} {params.job} trial {params.profile:q} {params.task} {params.trials} "
             "--results {params.results:q}"
 
 
@@ -119,7 +119,7 @@ for name in RUN:
         threads: THREADS
         priority: -list(RUN).index(name)
         resources:
-            gpu=GPU, **job_needs(CHOSEN, name),
+            gpu=GPU if on_card(CHOSEN, name) else 0, **job_needs(CHOSEN, name),
         shell:
-            "OMP_NUM_THREADS={threads} {params.job} notebook {params.notebook} "
+            SAYS + "OMP_NUM_THREADS={threads} {params.job} notebook {params.notebook} "
             "{params.profile:q} --results {params.results:q} --planned {params.digest}"

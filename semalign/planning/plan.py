@@ -358,6 +358,12 @@ def chapter_memory(p: Profile, name: str) -> Need:
     return Need(gpu, max(loaded, *(need.host for need in needs)), step)
 
 
+def on_card(p: Profile, name: str) -> bool:
+    """Whether a chapter computes with models of the profile, and so where the profile says."""
+    held = CHAPTERS.get(name)
+    return held is not None and not (p.trial_jobs and held.shares == "task" and not held.asks)
+
+
 def _has_second_family(p: Profile) -> bool:
     """Whether Gemma is looked at where it is installed: it is not in runs of random models."""
     return not isinstance(p.semantics_model, Random)

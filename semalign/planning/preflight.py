@@ -18,7 +18,7 @@ from semalign.planning.plan import configurations, downloads, kept_bytes, plan, 
 from semalign.profiles import Folder, Hub, Profile, ProfileError
 
 GPU = "SEMALIGN_GPU"
-"""Set to 1 in the jobs of a cluster that were given a GPU."""
+"""Set in the jobs of a cluster, to 1 where they were given a GPU and to 0 where they need none."""
 CHECKED = "SEMALIGN_CHECKED"
 """Names the host, and the data that were found whole there, so that a run's own notebooks do not read them again."""
 FEWEST = {"validation": 2, "test": 4}
@@ -121,13 +121,12 @@ def on_cpu(p: Profile) -> bool:
 
 def _device(p: Profile) -> None:
     """Refuse to fall back to the CPU in silence where a GPU was asked for."""
-    if p.device == "cpu":
+    if p.device == "cpu" or os.environ.get(GPU) == "0":
         return
     import torch
 
-    number = int(p.device.partition(":")[2] or 0)
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if number < found:
+    if _number(p) < found:
         return
     if p.device != "auto":
         asked = f"profile {p.name} says device: {p.device}"
@@ -151,6 +150,11 @@ def _device(p: Profile) -> None:
     raise ProfileError(f"{asked}, and {why}: {remedy}")
 
 
+def _number(p: Profile) -> int:
+    """Which of the GPUs a profile names, counted from 0: the first where it says no more than ``cuda``."""
+    return int(p.device.partition(":")[2] or 0)
+
+
 def memory(p: Profile, chapters: Iterable[str]) -> None:
     """Refuse a run of ``chapters`` on a GPU that the plan finds too small for one of them, or for a method.
 
@@ -165,7 +169,7 @@ def memory(p: Profile, chapters: Iterable[str]) -> None:
         found = plan(p, chapters)
     except ProfileError:  # a model that plans do not know
         return
-    has = torch.cuda.get_device_properties(int(p.device.partition(":")[2] or 0)).total_memory
+    has = torch.cuda.get_device_properties(_number(p)).total_memory
     for name, need in {**found.methods, **found.chapters}.items():
         if need.gpu > has:
             raise ProfileError(

@@ -13,7 +13,7 @@ import yaml
 from semalign.pipeline import __main__ as cli
 from semalign.pipeline import notebooks
 from semalign.pipeline.notebooks import chapters_of, trial_file, trial_jobs, trials_of
-from semalign.planning.plan import LEAST, job_needs, method_memory, shape_of, trials_need
+from semalign.planning.plan import LEAST, job_needs, method_memory, on_card, shape_of, trials_need
 from semalign.profiles import ProfileError, load_profile
 
 ROOT = notebooks.ROOT
@@ -72,6 +72,14 @@ def test_a_tables_chapter_is_given_time_for_its_trials_only_where_they_are_no_jo
     asks = name in ("05_mmlu", "07_humaneval")
     assert (of_jobs["mem_mb"] * 1e6 > method_memory(p, "none").host) == asks
     assert asks or of_jobs["mem_mb"] <= 5000
+
+
+def test_a_chapter_that_only_reads_the_trials_of_jobs_needs_no_gpu() -> None:
+    p = load_profile("llama2")
+    tables = ("05_mmlu", "06_gsm8k", "07_humaneval", "08_mbpp")
+    assert [name for name in tables if on_card(p, name)] == ["05_mmlu", "07_humaneval"]  # where the teacher answers
+    assert all(on_card(p.changed(trial_jobs=False), name) for name in tables)
+    assert on_card(p, "04b_gates") and on_card(p, "09_fine_tuned_teachers") and not on_card(p, "03_pairing")
 
 
 def test_trials_that_chapters_share_are_counted_where_they_are_no_jobs() -> None:

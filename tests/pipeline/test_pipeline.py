@@ -142,7 +142,8 @@ def test_a_trials_job_finds_the_file_of_before(tmp_path: Path) -> None:
     mine, results = tmp_path / "mine.yaml", tmp_path / "results"
     mine.write_text(yaml.safe_dump({**yaml.safe_load((FOLDER / "smoke.yaml").read_text()), "trial_jobs": True}))
     end = notebooks.run_digest(load_profile(str(mine)))
-    stamps = [f"{results}/artefacts/trials/mmlu/{trial}-0.json.{end}" for trial in ("none", "sft", "teacher", "semalign")]
+    all_of_mmlu = ("none", "sft", "teacher", "semalign")
+    stamps = [f"{results}/artefacts/trials/mmlu/{method}-0.json.{end}" for method in all_of_mmlu]
     words = [stamps[0], "-n", "--cores", "1", "--nolock", "--config", f"profile={mine}", f"results={results}"]
     for together, expected in (["together=1"], stamps[:1]), (["together=2"], stamps[:2]), ((), stamps):
         done = subprocess.run(
@@ -319,11 +320,15 @@ def _words(process: psutil.Process) -> list[str]:
         return []
 
 
-def test_snakemake_needs_no_home(copy: Path) -> None:
-    plan = [sys.executable, "-m", "snakemake", "notebooks", "--cores", "1", "--nolock", "--config", "profile=smoke"]
+def test_snakemake_needs_no_home_and_asks_for_a_gpu_where_models_are_loaded(copy: Path, tmp_path: Path) -> None:
+    given = ["profile=smoke", "gpu=1", f"results={tmp_path}"]
+    plan = [sys.executable, "-m", "snakemake", "notebooks", "--cores", "4", "--nolock", "--config", *given]
     environment = {**os.environ, "PYTHONPATH": str(copy), "HOME": "/proc/none"}
     done = subprocess.run([*plan, "--dry-run"], cwd=copy, env=environment, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
+    asked = dict(re.findall(r"rule notebook_(\w+):.*?\bgpu=(\d)", done.stdout, re.DOTALL))
+    without = {"03_pairing", "15_paper_against_ours", "90_cost", "91_pico", "92_smollm2", "93_full_run"}
+    assert set(asked) == set(ORDER) and {name for name, gpus in asked.items() if gpus == "0"} == without
 
 
 def test_the_users_settings_reach_no_page(tmp_path: Path) -> None:

@@ -116,6 +116,12 @@ def test_what_is_missing_is_one_sentence_with_its_remedy(
     assert "\n" not in message and (": " in message or "; " in message)
 
 
+def test_a_job_that_needs_no_gpu_is_not_asked_for_one(hub: Profile, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(before.GPU, "0")
+    monkeypatch.setattr(before, "nvidia_devices", lambda: ["/dev/nvidia0"])
+    before.before_models(hub.changed(device="cuda"))
+
+
 def test_a_card_that_is_not_there_is_refused_by_its_number(hub: Profile, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
