@@ -85,6 +85,8 @@ def transfer(
         return alignment.transfer(pair, data, config)
     if config.layers is not None and len(config.layers) != 1:
         raise ValueError(f"an interchange swaps states at one layer pair: choose one of layers={config.layers}")
+    # A step keeps two passes for the one backwards: of half as many examples each, they take the memory of one.
+    config = replace(config, micro_batch=max(1, config.micro_batch // 2))
     with alignment.workplace(config) as scratch:
         given, watched = alignment.examples_of(pair, data, config)
         encoded = given + watched

@@ -149,7 +149,7 @@ class Way:
     layers: str = "k"  # k, all, or none
     states: int = 1  # layers of the teacher whose states are kept; 0: those of every student layer
     head: bool = False  # the teacher's norm and head stay beside the student
-    passes: int = 1  # through the student in one step, all kept for the backward pass
+    passes: int = 1  # through the student in a step, of such a part of a micro-batch, and kept for the backward pass
     students: int = 1  # on the card while one of them trains
 
 
@@ -252,7 +252,7 @@ def method_steps(p: Profile, name: str) -> dict[str, float]:
     """Bytes on the card in each step of one method of a profile, without :data:`SPARE`; an answering student is one."""
     t, s, size, way = shape_of(p.teacher), shape_of(p.student), SIZES[p.dtype], WAYS[name]
     most = longest(p)
-    tokens, theirs, ours = p.eval_batch_size * most, t.parameters * size, s.parameters * size
+    theirs, ours = t.parameters * size, s.parameters * size
     rows, whole = p.answered_at_once, most + (p.max_new_tokens or 512)
     steps: dict[str, float] = {"answering": ours + cache(s, rows, whole, size)}
     if way.teacher in ("chooses", "states", "all") and p.layer is None:
@@ -266,6 +266,7 @@ def method_steps(p: Profile, name: str) -> dict[str, float]:
         whole = kept_for_backward(t, most, size, layers=t.layers, trained="layer")
         steps["teacher's gradients"] = theirs + whole + 4 * 3 * t.width * t.mlp + most * t.vocabulary * 12
     if way.layers != "none":
+        tokens = max(1, p.eval_batch_size // way.passes) * most
         step = training(s, tokens, size, layers=s.layers, every=way.layers == "all", passes=way.passes)
         steps["training"] = way.students * ours + step
         steps["training"] += t.vocabulary * t.width * size * way.head

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_sandbox import HOSTILE, TOOLS, _left, _processes
+from test_sandbox import HOSTILE, TOOLS, _left, _processes, _works
 
 from semalign.benchmarks import sandbox
 from semalign.benchmarks.answers import judged
@@ -125,19 +125,22 @@ AS_USER = """
 import os, sys
 from test_judging import CHEATS, RIGHT, run
 assert os.geteuid() == 1000, os.geteuid()
-outcomes = run(sys.argv[1], [*CHEATS.values(), RIGHT])
-print([n for n, o in zip([*CHEATS, "right"], outcomes) if o.passed])
+for tool in sys.argv[1:]:
+    outcomes = run(tool, [*CHEATS.values(), RIGHT])
+    print(tool, [n for n, o in zip([*CHEATS, "right"], outcomes) if o.passed])
 """
 
 
-@pytest.mark.parametrize("tool", TOOLS[:2])
-def test_no_program_of_an_ordinary_user_decides_its_own_verdict(tool: str) -> None:
+def test_no_program_of_an_ordinary_user_decides_its_own_verdict() -> None:
     if os.geteuid() != 0:
         pytest.skip("this is the ordinary user")
-    command = ["unshare", "--user", "--map-user=1000", "--map-group=1000", sys.executable, "-c", AS_USER, tool]
+    tools = [tool for tool in ("bubblewrap", "unshare") if _works(tool)]
+    if not tools:
+        pytest.skip("neither bubblewrap nor unshare works here")
+    command = ["unshare", "--user", "--map-user=1000", "--map-group=1000", sys.executable, "-c", AS_USER, *tools]
     path = f"{Path(__file__).parent}:{Path(__file__).parents[1]}:{Path(__file__).parents[2]}"
     ran = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, text=True, capture_output=True)
-    assert ran.stdout.strip() == "['right']", ran.stdout + ran.stderr
+    assert ran.stdout.splitlines() == [f"{tool} ['right']" for tool in tools], ran.stdout + ran.stderr
 
 
 def test_one_program_does_not_decide_the_next() -> None:

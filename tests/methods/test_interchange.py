@@ -70,10 +70,30 @@ def test_the_causal_term_alone_moves_the_layer(monkeypatch: pytest.MonkeyPatch) 
         return interchange.transfer(make_pair(), task(), settings(), semantic_weight=0.0, causal_weight=weight)
 
     assert not same_weights(trained(1.0).student, trained(0.0).student)
-    labels = alignment.transfer(make_pair(), task(), settings(layer_weight=0.0, output_loss="ce"))
-    assert same_weights(trained(0.0).student, labels.student)
+    alone = {"layer_weight": 0.0, "output_loss": "ce"}
+    labels = alignment.transfer(make_pair(), task(), settings(**alone))
+    halved = alignment.transfer(make_pair(), task(), settings(**alone, micro_batch=2))  # as an interchange sums them
+    assert same_weights(trained(0.0).student, halved.student)
     without = REGISTRY["interchange"].transfer(make_pair(), task(), settings(layer_weight=0.0))
     assert same_weights(without.student, labels.student) and without.cost["teacher_tokens"] == 0
+
+
+@pytest.mark.parametrize(("micro_batch", "rows"), [(4, 2), (3, 1), (1, 1)])
+def test_its_two_passes_are_of_half_as_many_examples(micro_batch: int, rows: int) -> None:
+    """Both are kept for the one backward pass, which is to take no more memory than that of other methods."""
+    at_once: list[int] = []
+
+    def load() -> Any:
+        model = student()
+
+        def seen(_module: Any, args: tuple[Any, ...], _output: Any) -> None:
+            at_once.append(len(args[0]) * torch.is_grad_enabled())
+
+        model.model.layers[K - 1].register_forward_hook(seen)
+        return model
+
+    REGISTRY["interchange"].transfer(make_pair(load_student=load), task(), settings(micro_batch=micro_batch))
+    assert max(at_once) == rows
 
 
 def test_a_movement_is_seen_whatever_the_models_say_without_it() -> None:

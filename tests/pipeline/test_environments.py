@@ -6,6 +6,7 @@ A small part of the suite runs there in a process of its own. Where an environme
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import working_copy
+import yaml
 
 from semalign.pipeline.notebooks import ROOT
 
@@ -100,6 +102,21 @@ def test_an_archive_without_git_in_a_path_with_a_space_in_the_c_locale_with_junk
         if place := shutil.which(name):
             (empty / name).symlink_to(place)
     _part(root, PATH=str(empty), PYTHONPATH=f"{root}{os.pathsep}{junk}", **locale, **settings)
+
+
+def test_the_conda_route_resolves_to_the_versions_of_the_lock(tmp_path: Path) -> None:
+    """By what is installed here, of the lock's versions: pip reads what each of the packages itself asks for."""
+    root = working_copy.copy_to(tmp_path / "copy")
+    text = (root / "environment.yml").read_text()
+    (wanted,) = (part["pip"] for part in yaml.safe_load(text)["dependencies"] if isinstance(part, dict))
+    (root / "wanted.txt").write_text("\n".join(wanted))  # as conda hands it to pip
+    (weights,) = re.findall(r"python -m pip install (--no-deps .*?)\s+#", text)
+    dry = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-index", "--no-build-isolation"]
+    for words in (["--requirement", "wanted.txt"], weights.split()):
+        done = subprocess.run([*dry, *words], cwd=root, text=True, capture_output=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        news = [line for line in done.stdout.splitlines() if line.startswith("Would install")]
+        assert news in ([], ["Would install semalign-0.1.0"])
 
 
 def test_without_tools_the_command_line_refuses_others_programs_in_one_sentence(room: Path) -> None:
