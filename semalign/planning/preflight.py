@@ -7,6 +7,7 @@ trial, and Snakemake before its first job.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
@@ -226,10 +227,19 @@ def in_cache(model: Hub) -> bool:
     return any(isinstance(try_to_load_from_cache(model.id, name, revision=model.revision), str) for name in names)
 
 
+def _size(folder: Path) -> int:
+    """Bytes of the files in a folder, those that go meanwhile left out."""
+    found = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            found += path.lstat().st_size
+    return found
+
+
 def disks(p: Profile, results: Path | None, *, trains: bool = True) -> None:
     """Refuse disks without room for models that are still to be had, for the results, and for one trial's own files.
 
-    The last where it is this machine that ``trains``.
+    The last where it is this machine that ``trains``. What a run that goes on finds of its results has its room.
 
     Raises:
         ProfileError: names the disk, what it is to hold, and the setting that names another.
@@ -243,8 +253,8 @@ def disks(p: Profile, results: Path | None, *, trains: bool = True) -> None:
 
         wanted[Path(constants.HF_HUB_CACHE)] = size, [f"for {len(absent)} models of the hub (HF_HOME)"]
     kept, scratch = kept_bytes(p)
-    if kept and results is not None:
-        wanted[results] = kept, ["for results (RESULTS)"]
+    if results is not None and (more := kept - _size(results)) > 0:
+        wanted[results] = more, ["for results (RESULTS)"]
     if scratch and trains:
         wanted[Path(tempfile.gettempdir())] = scratch, ["for the files of a trial while it trains (TMPDIR)"]
     by_disk: dict[int, tuple[int, list[str], Path]] = {}

@@ -130,6 +130,19 @@ def test_a_card_that_is_not_there_is_refused_by_its_number(hub: Profile, monkeyp
         before.before_models(hub.changed(device="cuda:1"))
 
 
+def test_what_is_there_of_the_results_has_its_room(
+    hub: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(before, "in_cache", lambda model: True)
+    kept, _ = before.kept_bytes(hub)
+    monkeypatch.setattr(shutil, "disk_usage", lambda at: Usage(10**15, 0, kept - 1000))
+    with pytest.raises(ProfileError, match="for results"):
+        before.before_models(hub, tmp_path, elsewhere=True)
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "metrics" / "one.json").write_bytes(bytes(1000))
+    before.before_models(hub, tmp_path, elsewhere=True)
+
+
 def test_who_trains_nothing_needs_no_room_for_it(hub: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(before, "in_cache", lambda model: True)
     monkeypatch.setattr(tempfile, "gettempdir", lambda: "/dev/shm")
