@@ -333,7 +333,7 @@ def run(profile: str, cores: str, until: str, results: Path | None = None) -> in
     ]  # fmt: skip
     announce("SEMALIGN_RUN", os.getpid())
     todo = any(not (folder / "metrics" / f"{name}.json.{made}").exists() for name, made in digests(p).items())
-    # The questions of the test are a sample of all.
+    # The questions of the test are a sample of all of its items.
     sizes = {split: None if split == "test" else size for split, size in p.sizes}
     items = [(task, split, size) for task in p.tasks for split, size in sizes.items() if p.data == "classroom"]
     at_once = forks.forking(classroom=items, ahead=todo) if on_cpu(p) else contextlib.nullcontext()
