@@ -119,7 +119,11 @@ def items(subject: str, split: str, first: int | None = None) -> tuple[Item, ...
         raise ValueError(f"no split {split!r} of {subject!r}: {known}")
     drawn, more = _drawn(subject, split, size)
     wanted = size if first is None else min(first, size)
-    drawn.extend(islice(more, max(0, wanted - len(drawn))))
+    try:
+        drawn.extend(islice(more, max(0, wanted - len(drawn))))
+    except BaseException:  # as a notebook's interrupt: what draws has ended by it, and would draw no more
+        _drawn.cache_clear()
+        raise
     return tuple(drawn[:wanted])
 
 

@@ -13,6 +13,7 @@ import sys
 from collections import Counter
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,6 +62,23 @@ def test_the_first_items_are_those_of_the_whole_split(subject: str, monkeypatch:
     data = classroom.task_data(subject, first={"extract": 4, "align": 2})
     assert data.extract == classroom.task_data(subject).extract[:4] and len(data.align) == 2
     assert len(data.validation) == corpora.SIZES["validation"]
+
+
+def test_an_interrupt_while_items_are_drawn_leaves_none_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = classroom.items("gsm8k", "extract")
+    monkeypatch.setattr(corpora, "_drawn", cache(corpora._drawn.__wrapped__))
+    with monkeypatch.context() as interrupted:
+        numbers, item = itertools.count(), corpora.problem_item
+
+        def at_the_fourth(*of: Any) -> corpora.Item:
+            if next(numbers) == 3:
+                raise KeyboardInterrupt
+            return item(*of)
+
+        interrupted.setattr(corpora, "problem_item", at_the_fourth)
+        with pytest.raises(KeyboardInterrupt):
+            classroom.items("gsm8k", "extract", 10)
+    assert classroom.items("gsm8k", "extract", 10) == whole[:10]
 
 
 def test_an_unknown_split_is_refused_by_name() -> None:
