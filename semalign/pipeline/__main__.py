@@ -316,7 +316,7 @@ def run(profile: str, cores: str, until: str, results: Path | None = None) -> in
         RuntimeError: the results cannot be written.
     """
     p = load_profile(profile)
-    folder = (results or ROOT / "results" / p.name).resolve()
+    folder, forks_here = (results or ROOT / "results" / p.name).resolve(), on_cpu(p)
     check_writable(folder)
     preflight(p, folder)
     if Path(profile).suffix in (".yaml", ".yml"):
@@ -324,7 +324,7 @@ def run(profile: str, cores: str, until: str, results: Path | None = None) -> in
     command = [
         sys.executable, "-m", "snakemake", until, "--snakefile", str(ROOT / "Snakefile"), "--directory", str(ROOT),
         "--cores", cores, "--resources", "gpu=1", "--nolock", "--rerun-incomplete",
-        "--config", f"profile={profile}", f"results={folder}", *(["gpu=0", "together=1"] if on_cpu(p) else ["gpu=1"]),
+        "--config", f"profile={profile}", f"results={folder}", *(["gpu=0", "together=1"] if forks_here else ["gpu=1"]),
         "--rerun-triggers", "software-env",
         "--quiet", "rules", "progress", "host", "reason",
         # What profiles/default says, without a line about it: nothing is kept in a home folder.
@@ -334,9 +334,9 @@ def run(profile: str, cores: str, until: str, results: Path | None = None) -> in
     announce("SEMALIGN_RUN", os.getpid())
     todo = any(not (folder / "metrics" / f"{name}.json.{made}").exists() for name, made in digests(p).items())
     # The questions of the test are a sample of all of its items.
-    sizes = {split: None if split == "test" else size for split, size in p.sizes}
-    items = [(task, split, size) for task in p.tasks for split, size in sizes.items() if p.data == "classroom"]
-    at_once = forks.forking(classroom=items, ahead=todo) if on_cpu(p) else contextlib.nullcontext()
+    splits = [(split, None if split == "test" else size) for split, size in p.sizes]
+    items = [(task, *of) for task in p.tasks for of in splits if p.data == "classroom"]
+    at_once = forks.forking(classroom=items, ahead=todo) if forks_here else contextlib.nullcontext()
     with at_once:  # the imports of all jobs go on beside what is read and planned first
         if said := too_few(p):
             print(said, flush=True)

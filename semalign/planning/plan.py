@@ -330,10 +330,7 @@ def chapter_memory(p: Profile, name: str) -> Need:
     Of a table's trials nothing where the profile has ``trial_jobs``: they are jobs of their own then.
     """
     held, t, s, size = CHAPTERS[name], shape_of(p.teacher), shape_of(p.student), SIZES[p.dtype]
-    here = held.methods
-    if p.trial_jobs and held.shares == "task":
-        here = ("none",) if held.asks else ()
-    runs = dict.fromkeys(m for named in here for m in (p.methods if named == "*" else [named]))
+    runs = dict.fromkeys(m for named in _methods_of(p, held) for m in (p.methods if named == "*" else [named]))
     needs = [method_memory(p, m) for m in runs] or [Need(SPARE, HOST, "reading")]
     needs += [_looked_at(p, model, held) for model in held.looks if model == FIRST or _has_second_family(p)]
     if held.asks:
@@ -362,7 +359,14 @@ def chapter_memory(p: Profile, name: str) -> Need:
 def on_card(p: Profile, name: str) -> bool:
     """Whether a chapter computes with models of the profile, and so where the profile says."""
     held = CHAPTERS.get(name)
-    return held is not None and not (p.trial_jobs and held.shares == "task" and not held.asks)
+    return held is not None and bool(_methods_of(p, held) or not held.methods)
+
+
+def _methods_of(p: Profile, held: Held) -> tuple[str, ...]:
+    """The methods that a chapter runs itself: of a table's none that are jobs, but the student that it asks beside."""
+    if p.trial_jobs and held.shares == "task":
+        return ("none",) if held.asks else ()
+    return held.methods
 
 
 def _has_second_family(p: Profile) -> bool:

@@ -244,6 +244,21 @@ def disks(p: Profile, results: Path | None, *, trains: bool = True) -> None:
     Raises:
         ProfileError: names the disk, what it is to hold, and the setting that names another.
     """
+    kept, scratch = kept_bytes(p)
+    of_trial = scratch if trains else 0
+    short = _short(p, results, kept, of_trial)
+    if short and results is not None:  # only now: a run asks this at every notebook, and results are many files
+        short = _short(p, results, kept - _size(results), of_trial)
+    if short:
+        size, why, place, free = short
+        raise ProfileError(
+            f"profile {p.name} needs {size / 1e9:.1f} GB on the disk of {place}, {' and '.join(why)}, and "
+            f"{free / 1e9:.1f} GB are free: free some, or set what stands in brackets to a larger disk"
+        )
+
+
+def _short(p: Profile, results: Path | None, kept: int, of_trial: int) -> tuple[int, list[str], Path, int] | None:
+    """A disk without room: what it is to hold in bytes, for what, a place on it, and how much of it is free."""
     import tempfile
 
     wanted: dict[Path, tuple[int, list[str]]] = {}
@@ -252,11 +267,10 @@ def disks(p: Profile, results: Path | None, *, trains: bool = True) -> None:
         from huggingface_hub import constants
 
         wanted[Path(constants.HF_HUB_CACHE)] = size, [f"for {len(absent)} models of the hub (HF_HOME)"]
-    kept, scratch = kept_bytes(p)
-    if results is not None and (more := kept - _size(results)) > 0:
-        wanted[results] = more, ["for results (RESULTS)"]
-    if scratch and trains:
-        wanted[Path(tempfile.gettempdir())] = scratch, ["for the files of a trial while it trains (TMPDIR)"]
+    if results is not None and kept > 0:
+        wanted[results] = kept, ["for results (RESULTS)"]
+    if of_trial:
+        wanted[Path(tempfile.gettempdir())] = of_trial, ["for the files of a trial while it trains (TMPDIR)"]
     by_disk: dict[int, tuple[int, list[str], Path]] = {}
     for path, (size, why) in wanted.items():
         place = next(q for q in (path, *path.absolute().parents) if q.exists())
@@ -266,7 +280,5 @@ def disks(p: Profile, results: Path | None, *, trains: bool = True) -> None:
     for size, why, place in by_disk.values():
         free = shutil.disk_usage(place).free
         if free < size:
-            raise ProfileError(
-                f"profile {p.name} needs {size / 1e9:.1f} GB on the disk of {place}, {' and '.join(why)}, and "
-                f"{free / 1e9:.1f} GB are free: free some, or set what stands in brackets to a larger disk"
-            )
+            return size, why, place, free
+    return None

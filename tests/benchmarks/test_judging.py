@@ -8,11 +8,12 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_sandbox import HOSTILE, LASTING, SHORT, TOOLS, _left, _processes, _works
+from test_sandbox import HOSTILE, LASTING, TOOLS, _left, _processes, _works, outcomes_of
 
 from semalign.benchmarks import sandbox
 from semalign.benchmarks.answers import judged
@@ -96,23 +97,20 @@ LASTING_CHEATS = {
 """Those that use a core until they are stopped."""
 
 
-def run(tool: str | None, programs: list[str], timeout: float = TIMEOUT) -> list[sandbox.Outcome]:
+def run(tool: str | None, programs: list[str], timeout: float) -> list[sandbox.Outcome]:
     return judging._judge_all([Task(p, TESTS) for p in programs], tool, timeout, 256, 2)
 
 
-def outcomes_of(tool: str | None, programs: dict[str, str], lasting: set[str], timeout: float) -> dict[str, Any]:
-    """What becomes of programs, by name, in ``timeout`` seconds; of those that last, in a shorter time."""
-    found: dict[str, Any] = {}
-    for names, limit in (([n for n in programs if n not in lasting], timeout), (list(lasting), SHORT)):
-        found |= zip(names, run(tool, [programs[n] for n in names], limit), strict=True)
-    return found
+def cheats_of(tool: str | None) -> dict[str, sandbox.Outcome]:
+    """What becomes of the cheats, and of one that is right, by name."""
+    return outcomes_of({**CHEATS, "right": RIGHT}, LASTING_CHEATS, TIMEOUT, partial(run, tool))
 
 
 @pytest.mark.parametrize("tool", TOOLS)
 def test_no_program_decides_its_own_verdict(tool: str | None, scratch: Path) -> None:
     others = _processes()
     started = time.monotonic()
-    outcomes = outcomes_of(tool, {**CHEATS, "right": RIGHT}, LASTING_CHEATS, TIMEOUT)
+    outcomes = cheats_of(tool)
     assert [n for n, o in outcomes.items() if o.passed] == ["right"] and set(outcomes) == {*CHEATS, "right"}
     assert all(o.judged == "apart" and o.seconds <= TIMEOUT + 1 for o in outcomes.values()), outcomes
     assert time.monotonic() - started < len(outcomes) * (TIMEOUT + 1)
@@ -130,7 +128,7 @@ def test_hostile_programs_do_not_harm(tool: str | None, tmp_path: Path) -> None:
     for key, value in places.items():
         programs = {name: program.replace(key, value) for name, program in programs.items()}
     others = _processes()
-    outcomes = outcomes_of(tool, programs, LASTING, 0.5)
+    outcomes = outcomes_of(programs, LASTING, 0.5, partial(run, tool))
     assert set(outcomes) == set(HOSTILE) and not [n for n, o in outcomes.items() if o.passed]
     assert (
         all(o.seconds <= 1.5 for o in outcomes.values())
@@ -141,11 +139,10 @@ def test_hostile_programs_do_not_harm(tool: str | None, tmp_path: Path) -> None:
 
 AS_USER = """
 import os, sys
-from test_judging import CHEATS, LASTING_CHEATS, RIGHT, TIMEOUT, outcomes_of
+from test_judging import cheats_of
 assert os.geteuid() == 1000, os.geteuid()
 for tool in sys.argv[1:]:
-    outcomes = outcomes_of(tool, {**CHEATS, "right": RIGHT}, LASTING_CHEATS, TIMEOUT)
-    print(tool, [n for n, o in outcomes.items() if o.passed])
+    print(tool, [n for n, o in cheats_of(tool).items() if o.passed])
 """
 
 

@@ -8,8 +8,9 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -199,6 +200,17 @@ LASTING = {
 }  # fmt: skip
 """Of the hostile programs those that use a core to the end; each is also run by itself and for longer."""
 
+
+def outcomes_of(
+    programs: Mapping[str, str], lasting: set[str], timeout: float, run: Callable[[list[str], float], list[Any]]
+) -> dict[str, Any]:
+    """What becomes of programs, by name, in ``timeout`` seconds; of those that last, in a shorter time."""
+    found: dict[str, Any] = {}
+    for names, limit in (([n for n in programs if n not in lasting], timeout), (list(lasting), SHORT)):
+        found |= zip(names, run([programs[n] for n in names], limit), strict=True)
+    return found
+
+
 TOOLS = [
     pytest.param(tool, marks=pytest.mark.skipif(not _works(tool), reason=f"{tool} does not work here"))
     for tool in ("bubblewrap", "unshare", None)
@@ -268,21 +280,20 @@ def test_no_hostile_program_passes_harms_or_stays(name: str, canary: Path, scrat
 
 @pytest.mark.parametrize("tool", TOOLS)
 def test_every_level_refuses_the_hostile_and_passes_the_right(tool: str | None, canary: Path) -> None:
-    names, outcomes = [*(n for n in HOSTILE if n not in LASTING), *LASTING, *RIGHT], list[sandbox.Outcome]()
-    hostile = [
-        HOSTILE[n].replace("{canary}", str(canary)).replace("{folder}", str(canary.parent))
-        for n in names[: len(HOSTILE)]
-    ]
-    quick = len(HOSTILE) - len(LASTING)
-    for programs, timeout in ((hostile[:quick], 0.5), (hostile[quick:], SHORT)):
-        outcomes += sandbox._run_all(programs, tool, timeout, 256, 2)
-    outcomes += sandbox._run_all([*RIGHT.values()], tool, 10.0, 256, 2)  # these end by themselves, on a busy core too
-    passed = [o.passed for o in outcomes]
-    assert [n for n, p in zip(names, passed, strict=True) if p] == list(RIGHT), [
-        (n, o) for n, o in zip(names, outcomes, strict=True) if o.passed != (n in RIGHT)
+    def run(programs: list[str], timeout: float) -> list[sandbox.Outcome]:
+        return sandbox._run_all(programs, tool, timeout, 256, 2)
+
+    hostile = {
+        n: p.replace("{canary}", str(canary)).replace("{folder}", str(canary.parent)) for n, p in HOSTILE.items()
+    }
+    outcomes = outcomes_of(hostile, LASTING, 0.5, run)
+    outcomes |= outcomes_of(RIGHT, set(), 10.0, run)  # these end by themselves, on a busy core too
+    assert len(outcomes) == len(HOSTILE) + len(RIGHT)
+    assert [n for n, o in outcomes.items() if o.passed] == list(RIGHT), [
+        (n, o) for n, o in outcomes.items() if o.passed != (n in RIGHT)
     ]
     assert canary.read_text() == "the canary sings"
-    assert not any("canary sings" in o.output for o in outcomes)
+    assert not any("canary sings" in o.output for o in outcomes.values())
 
 
 UNGUARDED = [
